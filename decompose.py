@@ -1,0 +1,207 @@
+"""One U-Net, one image, many devices: cut the image into tiles, run each on its device, let them communicate.
+
+    image (B,C,H,W) --split--> tiles --encode--> skips + coarse maps         tile i is computed on devices[i]
+                                            | last K channels of each, moved home and stitched
+                                            v
+                                communication network on the global coarse map (B,K,H/2^D,W/2^D)
+                                            | split again, moved back: they replace those K channels
+                                            v
+        mask  <--stitch-- logits <--decode-- skips + coarse maps
+
+Letters, here and in every file: B images in a batch, C channels, H W image, h w tile, R x Q grid (rows x columns)
+with tiles row-major in a list, K communicated channels, D depth, L classes. A cell is one pixel of a coarse map,
+2^D x 2^D pixels of the image. Home is devices[0]: it holds the weights and runs the communication network.
+
+Source: Verburg, Heinlein, Cyr, "DDU-Net" (arXiv 2407.21266). Two departures: one set of weights instead of a replica
+per device, and running statistics of batch norm that are the mean over all tiles.
+This file imports nothing but torch: copy it.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils.checkpoint import checkpoint
+
+Box = tuple[int, int, int, int]  # top, bottom, left, right, in pixels
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """How an image of size (H, W) is cut into a grid of (R, Q) tiles, with borders on whole cells.
+
+    The tiles are as equal as whole cells allow: 2448 pixels in cells of 16 are 153 cells, so two tiles are 1232 and
+    1216 wide. An image that ends inside a cell is padded there, at the bottom and right; `stitch` crops it again.
+    With an overlap, `split` hands every tile that many pixels more on each side, as far as the image goes.
+
+    ValueError: no tiles, or more than there are cells; an overlap that is not a whole number of cells.
+    """
+
+    size: tuple[int, int]
+    grid: tuple[int, int]
+    cell: int = 1
+    overlap: int = 0
+
+    def __post_init__(self):
+        for name, tiles, cells in zip(("rows", "columns"), self.grid, self.coarse_size):
+            if not 1 <= tiles <= cells:
+                raise ValueError(f"{tiles} {name} of tiles: an image of {self.size[0]}x{self.size[1]} pixels in cells of "
+                                 f"{self.cell}x{self.cell} can have 1 to {cells}")
+        if self.overlap < 0 or self.overlap % self.cell:
+            raise ValueError(f"an overlap of {self.overlap} pixels: it must be a multiple of the cell, {self.cell}")
+
+    def __len__(self) -> int:
+        return self.grid[0] * self.grid[1]
+
+    @functools.cached_property
+    def coarse_size(self) -> tuple[int, int]:
+        """Rows and columns of cells, the last ones perhaps padded."""
+        return -(-self.size[0] // self.cell), -(-self.size[1] // self.cell)
+
+    @functools.cached_property
+    def coarse(self) -> "Tiling":
+        """The same tiling of the coarse map: one pixel for every cell."""
+        return Tiling(self.coarse_size, self.grid, overlap=self.overlap // self.cell)
+
+    @functools.cached_property
+    def boxes(self) -> list[Box]:
+        """The tiles, row-major, without overlap. Together they cover the (padded) image once."""
+        rows, columns = ([self.cell * (i * (cells // tiles) + min(i, cells % tiles)) for i in range(tiles + 1)]
+                         for cells, tiles in zip(self.coarse_size, self.grid))
+        return [(top, bottom, left, right)
+                for top, bottom in zip(rows, rows[1:]) for left, right in zip(columns, columns[1:])]
+
+    @functools.cached_property
+    def halos(self) -> list[Box]:
+        """The tiles, row-major, with overlap."""
+        height, width = (cells * self.cell for cells in self.coarse_size)
+        return [(max(top - self.overlap, 0), min(bottom + self.overlap, height),
+                 max(left - self.overlap, 0), min(right + self.overlap, width))
+                for top, bottom, left, right in self.boxes]
+
+    def split(self, x: Tensor, overlap: bool = True, fill: float = 0) -> list[Tensor]:
+        """(...,H,W) -> tiles (...,h,w), row-major: views of x, except where padded with `fill`."""
+        tiles = []
+        for top, bottom, left, right in self.halos if overlap else self.boxes:
+            tile = x[..., top:bottom, left:right]
+            missing = 0, right - left - tile.shape[-1], 0, bottom - top - tile.shape[-2]
+            tiles.append(F.pad(tile, missing, value=fill) if any(missing) else tile)
+        return tiles
+
+    def crop(self, i: int, tile: Tensor) -> Tensor:
+        """Tile i without its overlap."""
+        (top, bottom, left, right), (halo_top, _, halo_left, _) = self.boxes[i], self.halos[i]
+        return tile[..., top - halo_top:bottom - halo_top, left - halo_left:right - halo_left]
+
+    def stitch(self, tiles: Sequence[Tensor]) -> Tensor:
+        """Tiles (...,h,w) without overlap, row-major and on one device -> (...,H,W)."""
+        columns = self.grid[1]
+        rows = [torch.cat(list(tiles[i:i + columns]), dim=-1) for i in range(0, len(self), columns)]
+        return torch.cat(rows, dim=-2)[..., :self.size[0], :self.size[1]]
+
+
+class PerTile:
+    """A module that is run on many tiles: one copy of its weights per device, one copy of its buffers per tile.
+
+    The copies of the weights are part of the graph, so autograd adds up the gradients of all devices by itself.
+    Every tile is normalised by its own statistics and starts from the same old running statistics: neither the
+    number of devices nor the order of the tiles changes what comes out.
+    """
+
+    def __init__(self, module: nn.Module, devices: Sequence[torch.device]):
+        self.module, self.devices = module, devices
+        self.weights = {device: {name: weight.to(device) for name, weight in module.named_parameters()}
+                        for device in dict.fromkeys(devices)}
+        self.old_buffers = dict(module.named_buffers())
+        self.new_buffers = [self.old_buffers for _ in devices]
+
+    def __call__(self, i: int, *inputs):
+        """The module on tile i, whose inputs are on devices[i]."""
+        device, copy = self.devices[i], self.module.training  # training changes the buffers in place
+        self.new_buffers[i] = {name: old.to(device, copy=copy) for name, old in self.old_buffers.items()}
+        return functional_call(self.module, (self.weights[device], self.new_buffers[i]), inputs)
+
+    @torch.no_grad()
+    def update_buffers(self):
+        """After training: running statistics = (1 - momentum) * old + momentum * mean over tiles."""
+        if not self.module.training:
+            return
+        for name, old in self.old_buffers.items():
+            new = torch.stack([buffers[name].to(old.device) for buffers in self.new_buffers])
+            old.copy_(new.mean(dim=0) if new.is_floating_point() else new[0])  # every tile counted the same step
+
+
+class DecomposedUNet(nn.Module):
+    """Any encoder and decoder, run on the tiles of an image, and a communication network between the two.
+
+    encoder: tile (B,C,h,w) -> (skips, coarse map); the skips are for the decoder alone to understand;
+    decoder: (skips, coarse map) -> logits (B,L,h,w);
+    comm_net: (B,K,H/2^D,W/2^D) -> the same shape; without it (None, K = 0) the tiles know nothing of each other;
+    comm_channels: K, at most the channels of the coarse map.
+    """
+
+    def __init__(self, encoder: nn.Module, decoder: nn.Module, comm_net: nn.Module | None = None,
+                 comm_channels: int = 0, recompute: bool = False):
+        super().__init__()
+        self.encoder, self.decoder, self.comm_net = encoder, decoder, comm_net
+        self.comm_channels, self.recompute = comm_channels, recompute
+
+    def forward(self, tiles: Sequence[Tensor], tiling: Tiling, devices: Sequence[torch.device],
+                finish: Callable = lambda i, logits: logits) -> list:
+        """Tiles (B,C,h,w), as `tiling.split` made them -> what `finish` returned for each tile.
+
+        Tile i is moved to devices[i] and computed there. `finish(i, logits)` is called there too, with the tile's
+        logits (B,L,h,w) without overlap. What it returns (these logits, or their share of a loss) is all that is
+        kept of the tile; no device ever holds anything of image size.
+        """
+        home, k = devices[0], self.comm_channels
+        encoder, decoder = PerTile(self.encoder, devices), PerTile(self.decoder, devices)
+        run = recomputed(devices) if self.recompute else remembered
+
+        def encode(i):
+            return encoder(i, tiles[i].to(devices[i], non_blocking=True))
+
+        def send(i):
+            _, coarse = encode(i)
+            return tiling.coarse.crop(i, coarse[:, -k:]).to(home)
+
+        def decode(i):
+            skips, coarse = encode(i)
+            if self.comm_net is not None:
+                coarse = torch.cat([coarse[:, :-k], received[i].to(devices[i])], dim=1)
+            return finish(i, tiling.crop(i, decoder(i, skips, coarse)))
+
+        if not self.recompute:
+            encode = functools.cache(encode)  # what was computed to be sent is still there to be decoded
+
+        everyone = range(len(tiling))
+        if self.comm_net is not None:
+            coarse_map = tiling.coarse.stitch([run(send, i) for i in everyone])
+            received = tiling.coarse.split(self.comm_net(coarse_map))
+        outputs = [run(decode, i) for i in everyone]
+        encoder.update_buffers()
+        decoder.update_buffers()
+        return outputs
+
+
+def remembered(function: Callable, i: int):
+    return function(i)
+
+
+def recomputed(devices: Sequence[torch.device]) -> Callable:
+    """Runs a function of tile i, forgets all but its result, and runs it again when the backward pass needs the rest.
+    Random numbers (dropout) depend on the tile alone, so every run of it draws the same."""
+    seeds = torch.randint(2**62, (len(devices),)).tolist()
+
+    def run(function: Callable, i: int):
+        def seeded(i):
+            with torch.random.fork_rng([devices[i]] if devices[i].type == "cuda" else []):
+                torch.manual_seed(seeds[i])
+                return function(i)
+        return checkpoint(seeded, i, use_reentrant=False, preserve_rng_state=False)
+
+    return run

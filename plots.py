@@ -1,0 +1,61 @@
+"""Pictures of a run: how it learned, and what it sees. Knows arrays and colours, nothing of models or devices."""
+
+import matplotlib
+import numpy as np
+
+matplotlib.use("Agg")  # draws into files and needs no screen
+import matplotlib.pyplot as plt
+from matplotlib.colors import ListedColormap
+from matplotlib.patches import Patch
+from matplotlib.ticker import MaxNLocator
+
+
+def draw_curves(path, rows: list[dict], classes: list[str], colors: list):
+    """The rows of log.csv: losses on the left, the validation IoU of each class on the right."""
+    epochs = [row["epoch"] for row in rows]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
+    for name in ("train_loss", "val_loss"):
+        left.plot(epochs, [row[name] for row in rows], label=name.replace("_", " "))
+    left.set(xlabel="epoch", ylabel="loss", yscale="log")
+    for name, color in zip(classes, colors):
+        right.plot(epochs, [row[f"val_iou_{name}"] for row in rows], label=name, color=color)
+    right.set(xlabel="epoch", ylabel="validation IoU", ylim=(0, 1.02))
+    for axes in (left, right):
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(alpha=0.3)
+        axes.legend()
+    save(figure, path)
+
+
+def draw_predictions(path, columns: dict[str, list], boxes: list, classes: list[str], colors: list):
+    """A picture per cell: `columns` maps a title to images (C,H,W) of 0 to 1, or to masks (H,W) of class indices.
+    boxes: (top, bottom, left, right) of every tile, drawn as lines."""
+    count = len(next(iter(columns.values())))
+    figure, axes = plt.subplots(count, len(columns), figsize=(2.2 * len(columns), 2.2 * count + 0.5), squeeze=False,
+                                layout="constrained")
+    for column, (title, pictures) in zip(axes.T, columns.items()):
+        column[0].set_title(title)
+        for cell, picture in zip(column, pictures):
+            show(cell, picture, boxes, colors)
+    figure.legend(handles=[Patch(color=color, label=name, ec="gray") for name, color in zip(classes, colors)],
+                  loc="outside lower center", ncols=min(len(classes), 4), frameon=False)
+    save(figure, path)
+
+
+def show(axes, picture, boxes: list, colors: list):
+    """An image (C,H,W) in grey or colour, or a mask (H,W) in the colours of its classes."""
+    picture = np.asarray(picture)
+    if picture.ndim == 3:
+        axes.imshow(picture.transpose(1, 2, 0).squeeze(), cmap="gray", vmin=0, vmax=1)
+    else:
+        axes.imshow(picture, cmap=ListedColormap(colors), vmin=-0.5, vmax=len(colors) - 0.5, interpolation="nearest")
+    height, width = picture.shape[-2:]
+    for top, _, left, _ in boxes:
+        axes.axhline(top - 0.5, color="tab:red", linewidth=0.7)
+        axes.axvline(left - 0.5, color="tab:red", linewidth=0.7)
+    axes.set(xticks=[], yticks=[], xlim=(-0.5, width - 0.5), ylim=(height - 0.5, -0.5))
+
+
+def save(figure, path):
+    figure.savefig(path, dpi=110)
+    plt.close(figure)

@@ -1,0 +1,69 @@
+"""One training step on two devices against the same step on one, with a pretend second device or two real GPUs."""
+
+from collections import Counter
+
+import pytest
+import torch
+from pretend_device import DEVICE, PretendDevice
+
+import train
+from decompose import Tiling
+from synthetic import LinesAndCircles
+
+CPU = torch.device("cpu")
+B, L, K, WIDTH, DEPTH = 3, 3, 8, 4, 2
+CONFIG = {"channels": 1, "classes": LinesAndCircles.classes, "width": WIDTH, "depth": DEPTH, "dropout": 0.0,
+          "comm_channels": K}
+
+
+def one_step(grid, devices):
+    """Loss, gradients and buffers after one step in float64, from the same weights and images every time."""
+    torch.manual_seed(0)
+    model = train.build_model(CONFIG).double().to(devices[0])
+    images, masks = map(torch.stack, zip(*LinesAndCircles(B)))
+    sums = train.run_tiles(model, images.double(), masks, Tiling((64, 64), grid, 2**DEPTH), devices, train.loss_sums)
+    loss = train.dice_cross_entropy(sum(s.to(devices[0]) for s in sums))
+    loss.backward()
+    return loss.detach().cpu(), [w.grad.cpu() for w in model.parameters()], [b.cpu() for b in model.buffers()], model
+
+
+def assert_same(one, two, tolerance):
+    for a, b in zip([one[0], *one[1], *one[2]], [two[0], *two[1], *two[2]], strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=tolerance)
+
+
+def test_a_step_on_two_devices_is_the_step_on_one_to_the_last_bit():
+    with PretendDevice():
+        assert_same(one_step((1, 2), [CPU]), one_step((1, 2), [CPU, DEVICE]), tolerance=0)
+
+
+@pytest.mark.parametrize("grid", [(2, 2), (3, 1)])
+def test_with_more_tiles_than_devices_only_the_order_of_additions_differs(grid):
+    with PretendDevice():
+        assert_same(one_step(grid, [CPU]), one_step(grid, [CPU, DEVICE]), tolerance=1e-14)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_step_on_two_gpus_is_the_step_on_one():
+    gpus = [torch.device("cuda", 0), torch.device("cuda", 1)]
+    assert_same(one_step((1, 2), gpus[:1]), one_step((1, 2), gpus), tolerance=1e-12)
+
+
+def test_a_misplaced_tensor_fails():
+    with PretendDevice(), pytest.raises(RuntimeError, match="mixes pretend:0 with cpu"):
+        torch.ones(2).to(DEVICE) + torch.ones(2)
+
+
+def test_nothing_of_image_size_crosses_between_devices():
+    with PretendDevice() as device:
+        *_, model = one_step((1, 2), [CPU, DEVICE])
+    there = Counter(shape for source, _, shape, _ in device.moved if source == "cpu")
+    back = Counter(shape for source, _, shape, _ in device.moved if source == "pretend:0")
+
+    weights = Counter(tuple(w.shape) for half in (model.encoder, model.decoder) for w in half.parameters())
+    buffers = Counter(tuple(b.shape) for half in (model.encoder, model.decoder) for b in half.buffers())
+    coarse = Counter([(B, K, 64 >> DEPTH, 32 >> DEPTH)])  # there and back: the map, and its gradient
+    tile = Counter([(B, 1, 64, 32), (B, 64, 32)])  # image and mask
+    sums = Counter([(2 * L + 2,)])
+    assert there == weights + buffers + coarse + coarse + tile + sums
+    assert back == weights + buffers + coarse + coarse + sums

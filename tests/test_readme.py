@@ -1,0 +1,62 @@
+"""What the README promises: its commands run, its tour names every file, and each tutorial file can be copied alone."""
+
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+README = (ROOT / "README.md").read_text()
+COMMANDS = [line.split("#")[0].strip() for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
+            for line in block.splitlines() if line.strip() and not line.startswith("#")]
+EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+QUICK = "--train-images 8 --epochs 1 --batch-size 4".split()
+ALONE = {"unet.py", "comm_net.py", "decompose.py", "synthetic.py"}
+
+
+def test_the_readme_leads_with_the_two_commands():
+    assert COMMANDS[:2] == ["pip install -r requirements.txt && python train.py --gpus 4 --dataset synthetic",
+                            "pip install -r requirements.txt && python -m pytest"]
+
+
+@pytest.mark.parametrize("command", sorted({part for line in COMMANDS for part in line.split(" && ")
+                                            if part.startswith("python train.py")}))
+def test_every_training_command_runs(command, tmp_path):
+    words = shlex.split(command)
+    result = subprocess.run([sys.executable, ROOT / words[1], *words[2:], *QUICK, "--out", tmp_path / "run"], cwd=tmp_path,
+                            capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "run/metrics.json").exists()
+
+
+@pytest.mark.parametrize("name", sorted(ALONE))
+def test_a_tutorial_file_works_when_copied_alone_with_the_example_of_the_readme(name, tmp_path):
+    (example,) = [code for code in EXAMPLES if f"from {name[:-3]} import" in code]
+    (tmp_path / name).write_text((ROOT / name).read_text())
+    (tmp_path / "example.py").write_text(example)
+    result = subprocess.run([sys.executable, "example.py"], cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+def test_the_tour_tells_the_right_length_of_every_file():
+    told = dict(re.findall(r"\| \[`([\w/]+\.py)`\]\([\w/.]+\) \| (\d+) \|", README))
+    assert {name for name in told} == {path.name for path in ROOT.glob("*.py")}
+    assert told == {name: str(len((ROOT / name).read_text().splitlines())) for name in told}
+
+
+def test_the_code_that_the_tour_shows_is_the_code():
+    lines = {line.strip() for path in ROOT.glob("*.py") for line in path.read_text().splitlines()}
+    shown = [line.strip() for block in re.findall(r"```py\n(.*?)```", README, re.DOTALL) for line in block.splitlines()]
+    assert shown and [line for line in shown if line not in lines] == []
+
+
+def test_every_picture_of_the_readme_exists_and_is_small():
+    pictures = re.findall(r"!\[[^]]*\]\(([^)]+)\)", README)
+    assert pictures and all((ROOT / name).stat().st_size < 300_000 for name in pictures)
+
+
+def test_ci_runs_the_test_command_of_the_readme():
+    assert COMMANDS[1].split(" && ")[1] == "python -m pytest"
+    assert "README.md" in (ROOT / ".ci/run").read_text()

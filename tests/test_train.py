@@ -1,0 +1,175 @@
+import csv
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import train
+from decompose import Tiling
+from unet import UNet
+
+CPU = torch.device("cpu")
+SMALL = "--width 2 --depth 2 --comm-channels 4 --train-images 8 --epochs 2 --batch-size 4".split()
+
+
+# Loss and IoU
+
+def loss_by_hand(logits: Tensor, mask: Tensor) -> Tensor:
+    """The same definition from other functions: PyTorch's cross-entropy, and Dice class by class."""
+    p, known = logits.softmax(dim=1), mask != train.IGNORE
+    dice = []
+    for label in range(logits.shape[1]):
+        predicted, true = p[:, label][known], (mask[known] == label).to(p.dtype)
+        dice.append((2 * (predicted * true).sum() + 1) / (predicted.sum() + true.sum() + 1))
+    return 1 - sum(dice) / len(dice) + F.cross_entropy(logits, mask.long(), ignore_index=train.IGNORE)
+
+
+def case(name: str):
+    logits, mask = torch.randn(2, 4, 20, 28), torch.randint(0, 4, (2, 20, 28), dtype=torch.uint8)
+    if name == "absent class":
+        mask[mask == 3] = 0
+    if name == "ignored pixels":
+        mask[:, 3:9, 5:20] = train.IGNORE
+    if name == "empty tile":
+        mask[:, :10, :14] = train.IGNORE
+    return logits.requires_grad_(), mask
+
+
+@pytest.mark.parametrize("name", ["plain", "absent class", "ignored pixels", "empty tile"])
+def test_loss_and_iou_of_the_tiles_are_those_of_the_stitched_mask(name):
+    logits, mask = case(name)
+    tiling = Tiling((20, 28), (2, 2), 4)
+    tiles = list(zip(tiling.split(logits), tiling.split(mask, fill=train.IGNORE)))
+    loss = train.dice_cross_entropy(sum(train.loss_sums(*tile) for tile in tiles))
+    expected = loss_by_hand(logits, mask)
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(torch.autograd.grad(loss, logits)[0], torch.autograd.grad(expected, logits)[0])
+
+    scores = train.iou(sum(train.confusion(*tile) for tile in tiles))
+    predicted, known = logits.argmax(dim=1), mask != train.IGNORE
+    for label, score in enumerate(scores):
+        both = ((predicted == label) & (mask == label) & known).sum()
+        either = (((predicted == label) | (mask == label)) & known).sum()
+        torch.testing.assert_close(score, both.double() / either)
+
+
+def test_a_class_neither_true_nor_predicted_has_no_iou():
+    logits = torch.zeros(1, 3, 4, 4)
+    logits[:, 0] = 1
+    scores = train.iou(train.confusion(logits, torch.zeros(1, 4, 4, dtype=torch.uint8)))
+    assert scores[0] == 1 and scores[1:].isnan().all()
+
+
+def test_a_batch_without_a_known_pixel_has_a_finite_loss():
+    mask = torch.full((1, 4, 4), train.IGNORE, dtype=torch.uint8)
+    loss = train.dice_cross_entropy(train.loss_sums(torch.randn(1, 3, 4, 4), mask))
+    assert loss == 0
+
+
+def test_padding_and_overlap_count_no_pixel_twice():
+    tiling = Tiling((22, 26), (2, 2), 4, overlap=4)
+    model = train.build_model({"channels": 1, "classes": "ab", "width": 2, "depth": 2, "dropout": 0, "comm_channels": 0})
+    images, masks = torch.randn(1, 1, 22, 26), torch.zeros(1, 22, 26, dtype=torch.uint8)
+    counts = sum(train.run_tiles(model, images, masks, tiling, [CPU], train.confusion))
+    assert counts.sum() == 22 * 26
+
+
+# Runs
+
+def run(*arguments) -> dict:
+    train.main([*SMALL, *map(str, arguments)])
+    return json.loads((arguments[arguments.index("--out") + 1] / "metrics.json").read_text())
+
+
+def test_a_run_leaves_its_files_and_they_say_the_same(tmp_path, capsys):
+    out = tmp_path / "run"
+    metrics = run("--gpus", 4, "--out", out)
+    assert sorted(path.name for path in out.iterdir()) == [
+        "best.pt", "curves.png", "last.pt", "log.csv", "metrics.json", "predictions.png"]
+    assert set(metrics) == {"config", "parameters", "seconds", "seconds_per_step", "peak_mib", "val", "test"}
+    assert metrics["config"]["image_size"] == [64, 64] and metrics["config"]["grid"] == [2, 2]
+    assert set(metrics["test"]["iou"]) == {"background", "line", "circle"}
+    assert metrics["seconds"] > 0 and metrics["seconds_per_step"] > 0 and all(metrics["peak_mib"].values())
+    rows = list(csv.DictReader(open(out / "log.csv")))
+    assert [row["epoch"] for row in rows] == ["1", "2"]
+    assert max(float(row["val_mean_iou"]) for row in rows) == metrics["val"]["mean_iou"]
+    said = capsys.readouterr().out
+    assert "2x2 tiles on" in said and "test IoU" in said and f"{metrics['test']['iou']['circle']:.4f}" in said
+
+    config = train.parse([*SMALL, "--out", str(tmp_path / "new")])
+    data = torch.utils.data.DataLoader(train.build_datasets(config)["test"], 4)
+    again = train.evaluate(train.load_model(out / "best.pt"), data, train.build_tiling(config), [CPU])
+    if not torch.cuda.is_available():
+        assert again == metrics["test"]
+    assert metrics["parameters"] == sum(weight.numel() for weight in train.load_model(out / "last.pt").parameters())
+
+
+def test_the_same_seed_gives_the_same_numbers_and_another_seed_others(tmp_path):
+    one, two, other = (run("--out", tmp_path / name, "--seed", seed) for name, seed in (("a", 1), ("b", 1), ("c", 2)))
+    assert one["val"] == two["val"] and one["test"] == two["test"]
+    assert one["test"] != other["test"]
+
+
+def test_the_plain_unet_is_a_flag_away(tmp_path):
+    run("--grid", "1x1", "--comm-channels", 0, "--out", tmp_path / "plain")
+    UNet(1, 3, 2, 2).load_state_dict(train.load_model(tmp_path / "plain/best.pt").state_dict())
+
+
+def line_iou(tmp_path, name, *arguments) -> float:
+    options = "--depth 2 --width 8 --comm-channels 16 --dropout 0 --image-size 32x64 --train-images 600 --epochs 4 --batch-size 8 --lr 0.01"
+    train.main([*options.split(), "--grid", "1x2", "--out", str(tmp_path / name), *arguments])
+    return json.loads((tmp_path / name / "metrics.json").read_text())["test"]["iou"]["line"]
+
+
+def test_tiles_that_communicate_learn_the_line_and_tiles_that_do_not_cannot(tmp_path):
+    assert line_iou(tmp_path, "with") > 0.3
+    assert line_iou(tmp_path, "without", "--comm-channels", "0") < 0.1
+
+
+# Bad input
+
+@pytest.mark.parametrize("arguments, message", [
+    ("--gpus 0", "--gpus: '0' is not a number of 1 or more"),
+    ("--gpus many", "--gpus: 'many'"),
+    ("--gpus 5 --grid 2x2", "--gpus 5, but --grid 2x2 has only 4 tiles"),
+    ("--grid 0x2", "--grid: '0x2' is not two numbers of 1 or more, as in 2x3"),
+    ("--grid 2", "--grid: '2'"),
+    ("--grid 2x2x2", "--grid: '2x2x2'"),
+    ("--grid 9x1", "9 rows of tiles: an image of 64x64 pixels in cells of 8x8 can have 1 to 8"),
+    ("--comm-channels 65", "--comm-channels 65, but the coarse map of --width 8 and --depth 3 has only 64 channels"),
+    ("--overlap 5", "an overlap of 5 pixels: it must be a multiple of the cell, 8"),
+    ("--image-size 16", "two discs of 9 pixels need at least two tiles"),
+    ("--lr nan", "--lr: 'nan'"),
+    ("--dropout 1", "--dropout 1.0: take less than 1"),
+    ("--dataset cats", "--dataset: invalid choice: 'cats'"),
+    ("--epochs", "--epochs: expected one argument")])
+def test_bad_input_ends_with_one_line_and_status_2(arguments, message, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        train.main(arguments.split())
+    said = capsys.readouterr()
+    assert stopped.value.code == 2 and said.out == "" and said.err.count("\n") == 1 and message in said.err
+
+
+def test_a_folder_that_holds_something_is_not_written_to(tmp_path, capsys):
+    (tmp_path / "best.pt").write_text("precious")
+    with pytest.raises(SystemExit, match="2"):
+        train.main(["--out", str(tmp_path)])
+    assert "this folder is not empty" in capsys.readouterr().err
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["precious"]
+
+
+def test_a_file_appears_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "best.pt"
+    path.write_text("old")
+    with pytest.raises(KeyboardInterrupt), train.whole_file(path) as unfinished:
+        unfinished.write_text("half")
+        raise KeyboardInterrupt
+    assert path.read_text() == "old"
+
+
+@pytest.mark.parametrize("gpus, grid", [(0, (2, 2)), (1, (2, 2)), (4, (2, 2)), (5, (2, 5)), (6, (3, 4)), (8, (4, 4)), (16, (4, 4))])
+def test_default_grids(gpus, grid):
+    assert train.default_grid(gpus) == grid
+    assert grid[0] * grid[1] % max(gpus, 1) == 0
