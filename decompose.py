@@ -141,7 +141,12 @@ class DecomposedUNet(nn.Module):
     encoder: tile (B,C,h,w) -> (skips, coarse map); the skips are for the decoder alone to understand;
     decoder: (skips, coarse map) -> logits (B,L,h,w);
     comm_net: (B,K,H/2^D,W/2^D) -> the same shape; without it (None, K = 0) the tiles know nothing of each other;
-    comm_channels: K, at most the channels of the coarse map.
+    comm_channels: K, at most the channels of the coarse map;
+    recompute: trade time for memory. What is alive on a device, in training:
+        without: the activations of all its tiles, from their encoding to their gradient;
+        with: coarse maps, and the activations of one tile. A tile is encoded and forgotten but for what it sends; encoded
+        again, decoded and forgotten but for what `finish` returns; and each of the two again for its gradient.
+        Loss, gradients and running statistics are the same, and so are evaluation and prediction.
     """
 
     def __init__(self, encoder: nn.Module, decoder: nn.Module, comm_net: nn.Module | None = None,
@@ -189,12 +194,13 @@ class DecomposedUNet(nn.Module):
 
 
 def remembered(function: Callable, i: int):
+    """Runs a function of tile i."""
     return function(i)
 
 
 def recomputed(devices: Sequence[torch.device]) -> Callable:
-    """Runs a function of tile i, forgets all but its result, and runs it again when the backward pass needs the rest.
-    Random numbers (dropout) depend on the tile alone, so every run of it draws the same."""
+    """Runs a function of tile i, forgets all but its result, and runs it again when its gradient is computed. A tile is
+    encoded several times in a step: a seed of its own lets dropout leave out the same channels every time."""
     seeds = torch.randint(2**62, (len(devices),)).tolist()
 
     def run(function: Callable, i: int):

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import options
 import train
 from decompose import Tiling
 from unet import UNet
@@ -70,7 +71,8 @@ def test_a_batch_without_a_known_pixel_has_a_finite_loss():
 
 def test_padding_and_overlap_count_no_pixel_twice():
     tiling = Tiling((22, 26), (2, 2), 4, overlap=4)
-    model = train.build_model({"channels": 1, "classes": "ab", "width": 2, "depth": 2, "dropout": 0, "comm_channels": 0})
+    model = train.build_model({"channels": 1, "classes": "ab", "width": 2, "depth": 2, "dropout": 0, "comm_channels": 0,
+                               "recompute": False})
     images, masks = torch.randn(1, 1, 22, 26), torch.zeros(1, 22, 26, dtype=torch.uint8)
     counts = sum(train.run_tiles(model, images, masks, tiling, [CPU], train.confusion))
     assert counts.sum() == 22 * 26
@@ -117,15 +119,15 @@ def test_the_plain_unet_is_a_flag_away(tmp_path):
     UNet(1, 3, 2, 2).load_state_dict(train.load_model(tmp_path / "plain/best.pt").state_dict())
 
 
-def line_iou(tmp_path, name, *arguments) -> float:
-    options = "--depth 2 --width 8 --comm-channels 16 --dropout 0 --image-size 32x64 --train-images 600 --epochs 4 --batch-size 8 --lr 0.01"
-    train.main([*options.split(), "--grid", "1x2", "--out", str(tmp_path / name), *arguments])
-    return json.loads((tmp_path / name / "metrics.json").read_text())["test"]["iou"]["line"]
+def line_iou(out, *options) -> float:
+    small = "--grid 1x2 --image-size 32x64 --depth 2 --width 8 --comm-channels 16 --train-images 400 --epochs 3 --batch-size 8"
+    train.main([*small.split(), "--out", str(out), *options])
+    return json.loads((out / "metrics.json").read_text())["test"]["iou"]["line"]
 
 
-def test_tiles_that_communicate_learn_the_line_and_tiles_that_do_not_cannot(tmp_path):
-    assert line_iou(tmp_path, "with") > 0.3
-    assert line_iou(tmp_path, "without", "--comm-channels", "0") < 0.1
+def test_tiles_that_communicate_learn_the_line_and_tiles_that_do_not_can_only_guess(tmp_path):
+    assert line_iou(tmp_path / "with") > 0.4
+    assert line_iou(tmp_path / "without", "--comm-channels", "0") < 0.2
 
 
 # Bad input
@@ -171,5 +173,5 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path):
 
 @pytest.mark.parametrize("gpus, grid", [(0, (2, 2)), (1, (2, 2)), (4, (2, 2)), (5, (2, 5)), (6, (3, 4)), (8, (4, 4)), (16, (4, 4))])
 def test_default_grids(gpus, grid):
-    assert train.default_grid(gpus) == grid
+    assert options.default_grid(gpus) == grid
     assert grid[0] * grid[1] % max(gpus, 1) == 0

@@ -1,0 +1,110 @@
+"""What can be asked for: the command line of train.py, and the one line that answers what cannot be done."""
+
+import argparse
+import itertools
+import math
+from pathlib import Path
+
+import torch
+
+from decompose import Tiling
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        """One line and exit status 2, without the usage in front."""
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def number(smallest, kind=int):
+    """An argparse type: a finite number of `smallest` or more."""
+    def parse(text: str):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not smallest <= value < math.inf:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number of {smallest} or more")
+        return value
+    return parse
+
+
+def pair(text: str) -> tuple[int, int]:
+    """An argparse type: two numbers of 1 or more, as in 2x3."""
+    first, _, second = text.partition("x")
+    if not (first.isdecimal() and second.isdecimal() and int(first) and int(second)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not two numbers of 1 or more, as in 2x3")
+    return int(first), int(second)
+
+
+def size(text: str) -> tuple[int, int]:
+    """An argparse type: one number for both sides, or two as in 64x96."""
+    return pair(f"{text}x{text}" if text.isdecimal() else text)
+
+
+def default_grid(gpus: int) -> tuple[int, int]:
+    """2x2 for up to 4 GPUs; else one or two tiles for each, whichever can be laid out closer to a square."""
+    if gpus <= 4:
+        return 2, 2
+    grids = [(rows, tiles // rows) for tiles in (gpus, 2 * gpus) for rows in range(1, math.isqrt(tiles) + 1)
+             if tiles % rows == 0]
+    return min(grids, key=lambda grid: grid[1] / grid[0])
+
+
+def parse(arguments: list[str] | None) -> dict:
+    """The configuration: every option with its value. What cannot work ends here, with one line."""
+    parser = Parser(description="Train a domain-decomposed U-Net. Without a GPU, every tile is computed on the CPU.",
+                    formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    option, unset = parser.add_argument, argparse.SUPPRESS
+    option("--dataset", choices=["synthetic"], default="synthetic", help="what to learn: lines between circles")
+    option("--gpus", type=number(1), default=unset, help="GPUs to use (default: all there are)")
+    option("--grid", type=pair, default=unset, metavar="RxC", help="rows x columns of tiles (default: 2x2 for up to 4 "
+           "GPUs, else one or two tiles for each, as square as can be)")
+    option("--overlap", type=number(0), default=0, metavar="PX", help="pixels that a tile sees beyond its borders, "
+           "a multiple of 2^depth")
+    option("--width", type=number(1), default=8, help="channels at full resolution; each level down doubles them")
+    option("--depth", type=number(1), default=3, help="how often the encoder halves the resolution")
+    option("--comm-channels", type=number(0), default=32, metavar="K", help="channels of the coarse map that the tiles "
+           "exchange; 0: they know nothing of each other")
+    option("--dropout", type=number(0, float), default=0.0, help="probability of a channel to be left out")
+    option("--image-size", type=size, default="64", metavar="N|HxW", help="pixels of the synthetic images")
+    option("--train-images", type=number(1), default=2200, metavar="N", help="synthetic images to learn from; "
+           "validation and test have a quarter each")
+    option("--epochs", type=number(1), default=4, help="passes over the training images")
+    option("--batch-size", type=number(1), default=16, help="images per step")
+    option("--lr", type=number(0, float), default=0.015, help="peak of the one-cycle learning rate")
+    option("--recompute", action="store_true", help="forget every tile's activations and compute them again when they "
+           "are needed: memory for one tile per GPU, whatever the image")
+    option("--seed", type=number(0), default=0, help="of images, weights, dropout and order")
+    option("--out", type=Path, default=unset, help="folder of the run (default: a new one in runs/)")
+    config = vars(parser.parse_args(arguments))
+
+    rows, columns = config.setdefault("grid", default_grid(config.get("gpus", torch.cuda.device_count())))
+    gpus = config.setdefault("gpus", min(torch.cuda.device_count(), rows * columns))
+    k, coarse_channels = config["comm_channels"], config["width"] * 2 ** config["depth"]
+    if gpus > rows * columns:
+        parser.error(f"--gpus {gpus}, but --grid {rows}x{columns} has only {rows * columns} tiles: take fewer GPUs or "
+                     "a finer grid")
+    if k > coarse_channels:
+        parser.error(f"--comm-channels {k}, but the coarse map of --width {config['width']} and --depth "
+                     f"{config['depth']} has only {coarse_channels} channels: take at most that many")
+    if config["dropout"] >= 1:
+        parser.error(f"--dropout {config['dropout']}: take less than 1")
+    try:
+        build_tiling(config)
+    except ValueError as error:
+        parser.error(str(error))
+    if "out" not in config:
+        config["out"] = new_folder(f"runs/{config['dataset']}-{rows}x{columns}-k{k}-seed{config['seed']}")
+    elif config["out"].is_dir() and any(config["out"].iterdir()):
+        parser.error(f"--out {config['out']}: this folder is not empty; name a new one")
+    return config | {"out": str(config["out"])}
+
+
+def build_tiling(config: dict) -> Tiling:
+    return Tiling(config["image_size"], config["grid"], 2 ** config["depth"], config["overlap"])
+
+
+def new_folder(name: str) -> Path:
+    """`name`, or if that exists already, `name-2`, `name-3`, ..."""
+    return next(path for i in itertools.count(1) if not (path := Path(name if i == 1 else f"{name}-{i}")).exists())

@@ -1,0 +1,69 @@
+"""`--recompute` changes what is remembered, and nothing else."""
+
+import pytest
+import torch
+
+import train
+from decompose import DecomposedUNet, Tiling
+
+CPU = torch.device("cpu")
+CONFIG = {"channels": 1, "classes": "abc", "width": 4, "depth": 2, "dropout": 0.0, "comm_channels": 8, "recompute": False}
+
+
+def one_step(size, tiling, **changes):
+    torch.manual_seed(0)
+    model = train.build_model(CONFIG | changes).double()
+    images, masks = torch.randn(2, 1, *size).double(), torch.randint(0, 3, (2, *size), dtype=torch.uint8)
+    sums = train.run_tiles(model, images, masks, tiling, [CPU], train.loss_sums)
+    loss = train.dice_cross_entropy(sum(sums))
+    loss.backward()
+    return loss, [weight.grad for weight in model.parameters()], list(model.buffers())
+
+
+@pytest.mark.parametrize("comm_channels", [0, 8])
+@pytest.mark.parametrize("size, grid, overlap", [((32, 32), (2, 2), 0), ((44, 61), (2, 3), 4)])  # uneven, padded
+def test_loss_gradients_and_running_statistics_are_the_same(size, grid, overlap, comm_channels):
+    tiling = Tiling(size, grid, 4, overlap)
+    remembered = one_step(size, tiling, comm_channels=comm_channels)
+    recomputed = one_step(size, tiling, comm_channels=comm_channels, recompute=True)
+    for a, b in zip([remembered[0], *remembered[1], *remembered[2]], [recomputed[0], *recomputed[1], *recomputed[2]],
+                    strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+    assert all(counter == 1 for counter in recomputed[2] if not counter.is_floating_point())  # one step, not one per run
+
+
+def test_dropout_leaves_out_the_same_channels_whenever_a_tile_is_encoded():
+    class Watch(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.seen = torch.nn.Conv2d(1, 32, 1), []
+
+        def forward(self, tile):
+            coarse = torch.nn.functional.dropout2d(self.conv(tile), 0.5)
+            self.seen.append(coarse.detach().clone())
+            return (coarse.relu() + 1).log(), coarse
+
+    class Multiply(torch.nn.Module):
+        def forward(self, skips, coarse):
+            return skips * coarse
+
+    encoder, tiling = Watch(), Tiling((4, 4), (2, 2))
+    model = DecomposedUNet(encoder, Multiply(), torch.nn.Identity(), 8, recompute=True)
+    sums = model(tiling.split(torch.randn(1, 1, 4, 4)), tiling, [CPU] * 4, lambda i, logits: logits.square().sum())
+    sum(sums).backward()
+    to_send, to_decode, *again = [encoder.seen[i:i + 4] for i in range(0, len(encoder.seen), 4)]
+    assert len(again) == 2
+    for maps in (to_decode, *(maps[::-1] for maps in again)):  # the backward pass goes from the last tile to the first
+        assert all(torch.equal(a, b) for a, b in zip(to_send, maps, strict=True))
+    assert not torch.equal(to_send[0] == 0, to_send[1] == 0)  # each tile leaves out channels of its own
+
+
+def test_evaluation_is_the_same():
+    tiling, images = Tiling((32, 32), (2, 2), 4), torch.randn(2, 1, 32, 32)
+    logits = []
+    for recompute in (False, True):
+        torch.manual_seed(0)
+        model = train.build_model(CONFIG | {"recompute": recompute}).eval()
+        with torch.no_grad():
+            logits.append(tiling.stitch(model(tiling.split(images), tiling, [CPU] * 4)))
+    assert torch.equal(*logits)
