@@ -68,8 +68,8 @@ def parse(arguments: list[str] | None) -> dict:
            "exchange; 0: they know nothing of each other")
     option("--dropout", type=number(0, float), default=0.0, help="probability of a channel to be left out")
     option("--image-size", type=size, default="64", metavar="N|HxW", help="pixels of the synthetic images")
-    option("--train-images", type=number(1), default=2200, metavar="N", help="synthetic images to learn from; "
-           "validation and test have a quarter each")
+    option("--train-images", type=number(1), default=2400, metavar="N", help="synthetic images to learn from; "
+           "validation and test have an eighth each")
     option("--epochs", type=number(1), default=4, help="passes over the training images")
     option("--batch-size", type=number(1), default=16, help="images per step")
     option("--lr", type=number(0, float), default=0.015, help="peak of the one-cycle learning rate")

@@ -81,10 +81,10 @@ def build_model(config: dict) -> DecomposedUNet:
 
 
 def build_datasets(config: dict) -> dict[str, LinesAndCircles]:
-    """Train, val and test; val and test have a quarter of the training images each, as in the paper. The discs
-    are kept apart by tiles of about 32x32 pixels whatever the network's grid, so that all models see the same images."""
+    """Train, val and test; val and test have an eighth of the training images each. The discs are kept apart by tiles
+    of about 32x32 pixels whatever the network's grid, so that all models see the same images."""
     count, size = config["train_images"], config["image_size"]
-    lengths = {"train": count, "val": max(count // 4, 1), "test": max(count // 4, 1)}
+    lengths = {"train": count, "val": max(count // 8, 1), "test": max(count // 8, 1)}
     grid = tuple(max(pixels // 32, 1) for pixels in size)
     return {split: LinesAndCircles(length, size, grid, split, config["seed"]) for split, length in lengths.items()}
 
