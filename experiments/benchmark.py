@@ -20,6 +20,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import torch
+from torch.utils._pytree import tree_leaves
 
 import options
 import plots
@@ -61,9 +62,11 @@ class Contestant:
             torch.cuda.reset_peak_memory_stats()
             self.step()
             return torch.cuda.max_memory_allocated() / 2**20
-        with LiveMemory(self.model, self.optimizer, self.image, self.mask) as memory:
+        with LiveMemory() as memory:
+            for tensor in tree_leaves([self.model.state_dict(), self.optimizer.state_dict()["state"], self.image, self.mask]):
+                memory.follow(tensor)
             self.step()
-        return memory.peak / 2**20
+        return memory.peak["cpu"] / 2**20
 
 
 def measure(size: int, grid: tuple[int, int], width: int, depth: int, rounds: int, device: torch.device) -> list[dict]:

@@ -8,7 +8,7 @@ from pathlib import Path
 import train
 
 HERE = Path(__file__).parent
-QUICK = "--train-images 16 --epochs 1 --width 2 --comm-channels 4".split()  # options of a run that takes seconds
+QUICK = "--train-images 32 --epochs 1 --width 2 --comm-channels 4".split()  # options of a run that takes seconds
 MODELS = {  # the three-way comparison: options of train.py
     "with communication": [],
     "without communication": ["--comm-channels", "0"],

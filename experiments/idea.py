@@ -35,7 +35,7 @@ def draw_problem(path: Path, image, mask, tiling: Tiling, colors: list):
     figure, axes = plt.subplots(1, 3, figsize=(7.2, 2.7), layout="constrained")
     plots.show(axes[0], image, [], colors)
     plots.show(axes[1], mask, [], colors)
-    axes[2].imshow(apart(image[0], tiling, GAP), cmap="gray")
+    axes[2].imshow(apart(image[0].numpy(), tiling, GAP), cmap="gray")
     axes[2].set(xticks=[], yticks=[])
     axes[2].spines[:].set_visible(False)
     for axis, title in zip(axes, ("the image", "the mask to find", "what each GPU gets to see")):
@@ -49,9 +49,10 @@ def draw_idea(path: Path, model, image, tiling: Tiling, colors: list):
     model.comm_net.register_forward_hook(lambda _, inputs, output: maps.update(sent=inputs[0][0], received=output[0]))
     with torch.no_grad():
         mask = tiling.stitch(model(tiling.split(image[None]), tiling, devices))[0].argmax(dim=0)
-    sent, received = (maps[name][maps["received"].flatten(1).std(dim=1).argmax()] for name in ("sent", "received"))
+    channel = maps["received"].flatten(1).std(dim=1).argmax()  # the liveliest of the K
+    sent, received = (maps[name][channel].numpy() for name in ("sent", "received"))
 
-    panels = [("image in tiles,\none per GPU", apart(image[0], tiling, GAP), "gray"),
+    panels = [("image in tiles,\none per GPU", apart(image[0].numpy(), tiling, GAP), "gray"),
               ("coarse map of each tile\n(1 of its K channels)", apart(sent, tiling.coarse, 1), "viridis"),
               ("stitched: the global\ncoarse map", sent, "viridis"),
               ("after the\ncommunication network", received, "magma"),
