@@ -59,8 +59,10 @@ def dice_cross_entropy(sums: Tensor) -> Tensor:
 def confusion(logits: Tensor, mask: Tensor) -> Tensor:
     """Logits (B,L,h,w), mask (B,h,w) -> (L,L) counts of pixels: true class by predicted class."""
     classes = logits.shape[1]
-    pairs = (mask.long() * classes + logits.argmax(dim=1)).where(mask != IGNORE, classes**2)
-    return torch.bincount(pairs.flatten(), minlength=classes**2 + 1)[:-1].view(classes, classes)
+    pairs = (mask.long() * classes + logits.argmax(dim=1)).where(mask != IGNORE, classes**2).flatten()
+    counts = torch.zeros(classes**2 + 1, dtype=torch.long, device=logits.device)
+    counts.scatter_add_(0, pairs, torch.ones_like(pairs))  # bincount would make the loop wait for each GPU in turn
+    return counts[:-1].view(classes, classes)
 
 
 def iou(counts: Tensor) -> Tensor:
@@ -263,7 +265,10 @@ def main(arguments: list[str] | None = None):
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         Parser().error(f"--out {out}: {error.strerror}; name a folder that can be made")
-    metrics = train(config, devices, out)
+    try:
+        metrics = train(config, devices, out)
+    except KeyboardInterrupt:
+        sys.exit(f"\nstopped; {out} holds what the last completed epoch left")
     print(f"\ntest IoU of the best epoch, in {metrics['seconds']:.0f} seconds:")
     for name, score in [*metrics["test"]["iou"].items(), ("mean", metrics["test"]["mean_iou"])]:
         print(f"  {name:12} {score:.4f}")
