@@ -51,10 +51,8 @@ def default_grid(gpus: int) -> tuple[int, int]:
     return min(grids, key=lambda grid: grid[1] / grid[0])
 
 
-def parse(arguments: list[str] | None) -> dict:
-    """The configuration: every option with its value. What cannot work ends here, with one line."""
-    parser = Parser(description="Train a domain-decomposed U-Net. Without a GPU, every tile is computed on the CPU.",
-                    formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+def make_parser(description: str) -> Parser:
+    parser = Parser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     option, unset = parser.add_argument, argparse.SUPPRESS
     option("--dataset", choices=["synthetic"], default="synthetic", help="what to learn: lines between circles")
     option("--gpus", type=number(1), default=unset, help="GPUs to use (default: all there are)")
@@ -77,6 +75,11 @@ def parse(arguments: list[str] | None) -> dict:
            "are needed: memory for one tile per GPU, whatever the image")
     option("--seed", type=number(0), default=0, help="of images, weights, dropout and order")
     option("--out", type=Path, default=unset, help="folder of the run (default: a new one in runs/)")
+    return parser
+
+
+def parse(arguments: list[str] | None, parser: Parser) -> dict:
+    """The configuration: every option with its value. What cannot work ends here, with one line."""
     config = vars(parser.parse_args(arguments))
 
     rows, columns = config.setdefault("grid", default_grid(config.get("gpus", torch.cuda.device_count())))

@@ -28,7 +28,7 @@ class LinesAndCircles(Dataset):
     (rows, columns) of them; a network may cut the image otherwise. The discs are in different tiles, at most
     `max_apart` tiles apart in either direction if given. Lengths are in pixels.
 
-    ValueError: fewer than two tiles, or tiles too small for a disc.
+    ValueError: fewer than two tiles, tiles too small for a disc, or `max_apart` below 1.
     """
 
     channels = 1
@@ -42,10 +42,9 @@ class LinesAndCircles(Dataset):
         if rows < 1 or columns < 1 or rows * columns < 2 or min(self.tile) < 2 * radius + 1:
             raise ValueError(f"an image of {size[0]}x{size[1]} in {rows}x{columns} tiles: two discs of {2 * radius + 1} "
                              f"pixels need at least two tiles of that size")
-        reach = max(rows, columns) if max_apart is None else max_apart
-        tiles = [(row, column) for row in range(rows) for column in range(columns)]
-        self.pairs = np.array([(a, b) for a in tiles for b in tiles
-                               if 0 < max(abs(a[0] - b[0]), abs(a[1] - b[1])) <= reach])
+        if max_apart is not None and max_apart < 1:
+            raise ValueError(f"max_apart {max_apart}: discs in different tiles are at least 1 tile apart")
+        self.grid, self.max_apart = grid, max(grid) if max_apart is None else max_apart
         self.length, self.size, self.radius, self.line_width = length, size, radius, line_width
         self.key = seed, SPLITS.index(split)
         self.y, self.x = np.ogrid[:size[0], :size[1]]
@@ -57,7 +56,7 @@ class LinesAndCircles(Dataset):
         if not 0 <= i < self.length:
             raise IndexError(i)  # ends a plain `for image, mask in dataset`
         rng = np.random.default_rng((*self.key, i))
-        pair = self.pairs[rng.integers(len(self.pairs))]
+        pair = self.draw_tiles(rng)
         room = np.array(self.tile) - 2 * self.radius  # where in its tile a disc can have its centre
         (y0, x0), (y1, x1) = pair * self.tile + self.radius + rng.integers(room, size=(2, 2))
 
@@ -69,6 +68,16 @@ class LinesAndCircles(Dataset):
 
         mask = np.where(discs, 2, line).astype(np.uint8)
         return torch.from_numpy(discs[None].astype(np.float32)), torch.from_numpy(mask)
+
+    def draw_tiles(self, rng: np.random.Generator) -> np.ndarray:
+        """((row, column), (row, column)) of two tiles; all pairs that are close enough are equally likely."""
+        tiles = self.grid[0] * self.grid[1]
+        while True:
+            first, second = divmod(rng.integers(tiles * (tiles - 1)), tiles - 1)
+            second += second >= first  # so that it is never the same tile
+            pair = np.array([divmod(first, self.grid[1]), divmod(second, self.grid[1])])
+            if abs(pair[0] - pair[1]).max() <= self.max_apart:
+                return pair
 
 
 def draw_examples(path: str, count: int = 8):

@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader
 import plots
 from comm_net import CommNet
 from decompose import DecomposedUNet, Tiling
-from options import Parser, build_tiling, parse
+from options import build_tiling, make_parser, parse
 from synthetic import LinesAndCircles
 from unet import Decoder, Encoder
 
@@ -253,18 +253,19 @@ def find_devices(config: dict) -> list[torch.device]:
 
 
 def main(arguments: list[str] | None = None):
-    config = parse(arguments)
+    parser = make_parser("Train a domain-decomposed U-Net. Without a GPU, every tile is computed on the CPU.")
+    config = parse(arguments, parser)
     try:
         data = build_datasets(config)["train"]
     except ValueError as error:
-        Parser().error(str(error))
+        parser.error(str(error))
     config |= {"channels": data.channels, "classes": data.classes, "colors": data.colors}
     devices = find_devices(config)
     out = Path(config["out"])
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        Parser().error(f"--out {out}: {error.strerror}; name a folder that can be made")
+        parser.error(f"--out {out}: {error.strerror}; name a folder that can be made")
     try:
         metrics = train(config, devices, out)
     except KeyboardInterrupt:

@@ -26,7 +26,7 @@ import options
 import plots
 import train
 from decompose import Tiling
-from experiments.live_memory import LiveMemory
+from plan import LiveMemory
 
 CONTESTANTS = {"plain U-Net": ("1x1", False), "decomposed": ("grid", False), "decomposed, recompute": ("grid", True)}
 

@@ -3,25 +3,8 @@
 import json
 
 import pytest
-import torch
 
 from experiments import benchmark, idea, qualitative
-from experiments.live_memory import LiveMemory
-
-
-def test_live_memory_counts_storages_until_they_are_freed():
-    old = torch.zeros(1000)
-    with LiveMemory() as memory:
-        memory.follow(old)
-        a = torch.zeros(1000)
-        b = a[:500].view(5, 100)  # a view is nothing new
-        c = a + 1
-        assert memory.live["cpu"] == 12_000
-        del a, c
-        assert memory.live["cpu"] == 8_000 and b.shape == (5, 100)
-        del b
-        torch.zeros(100)
-    assert memory.live["cpu"] == 4_000 and memory.peak["cpu"] == 12_000
 
 
 def test_three_models_side_by_side_and_the_idea_in_one_picture(tmp_path, monkeypatch, capsys):

@@ -1,3 +1,6 @@
+from collections import Counter
+
+import numpy as np
 import pytest
 import torch
 from torch.utils.data import DataLoader
@@ -45,6 +48,17 @@ def test_max_apart_bounds_the_distance_of_the_discs():
     assert distances == {1, 2}
 
 
+def test_every_pair_of_tiles_is_as_likely_as_any_other():
+    data = LinesAndCircles(1)
+    rng = np.random.default_rng(0)
+    counts = Counter(tuple(map(tuple, data.draw_tiles(rng))) for _ in range(12_000))
+    assert len(counts) == 12 and all(850 < count < 1150 for count in counts.values())
+
+
+def test_a_huge_image_needs_no_list_of_all_its_pairs():
+    LinesAndCircles(1, (2**15, 2**15), (2**10, 2**10))
+
+
 def test_an_image_depends_on_seed_split_and_index_alone():
     data = LinesAndCircles(20)
     backwards = [LinesAndCircles(500)[i] for i in reversed(range(20))][::-1]
@@ -57,5 +71,7 @@ def test_an_image_depends_on_seed_split_and_index_alone():
 
 @pytest.mark.parametrize("size, grid", [((64, 64), (1, 1)), ((64, 64), (8, 8)), ((64, 64), (0, 2))])
 def test_an_image_that_cannot_hold_two_discs_in_two_tiles_is_refused(size, grid):
+    with pytest.raises(ValueError, match="max_apart 0"):
+        LinesAndCircles(1, max_apart=0)
     with pytest.raises(ValueError, match=f"{size[0]}x{size[1]} in {grid[0]}x{grid[1]} tiles"):
         LinesAndCircles(1, size, grid)

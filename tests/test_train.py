@@ -100,7 +100,7 @@ def test_a_run_leaves_its_files_and_they_say_the_same(tmp_path, capsys):
     said = capsys.readouterr().out
     assert "2x2 tiles on" in said and "test IoU" in said and f"{metrics['test']['iou']['circle']:.4f}" in said
 
-    config = train.parse([*SMALL, "--out", str(tmp_path / "new")])
+    config = options.parse([*SMALL, "--out", str(tmp_path / "new")], options.make_parser(""))
     data = torch.utils.data.DataLoader(train.build_datasets(config)["test"], 4)
     again = train.evaluate(train.load_model(out / "best.pt"), data, train.build_tiling(config), [CPU])
     if not torch.cuda.is_available():

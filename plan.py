@@ -1,0 +1,146 @@
+"""What fits? The peak memory of each GPU in a training step, predicted in seconds and without a GPU.
+
+    python plan.py --gpus 4 --image-size 16384 --grid 16x16 --width 64 --depth 4 --batch-size 1 --recompute
+    python plan.py --gpus 4 --image-size 2048 --grid 2x2 --width 64 --depth 4 --batch-size 1 --memory 24
+
+The step of train.py runs on fake tensors: they have a shape and a device, but no numbers, and cost nothing. Every
+tensor that is made is followed until it is freed, and the storages alive on each device are added up.
+What a kernel needs only inside itself (the workspace of a convolution) and what the allocator rounds up is not seen.
+The options are those of train.py, and --memory.
+"""
+
+import math
+import weakref
+from collections import Counter
+from unittest import mock
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
+
+import train
+from options import build_tiling, make_parser, number, parse
+
+
+class LiveMemory(TorchDispatchMode):
+    """While active, follows every tensor that is made, real or fake. Tensors that are there already: `follow`.
+
+    live, peak: bytes on each device now, and at most so far; a storage counts once, however many views it has.
+    moved: bytes copied from one device to another so far, by (from, to).
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.live, self.peak, self.moved = Counter(), Counter(), Counter()
+        self.known = set()
+
+    def follow(self, tensor: torch.Tensor):
+        storage, device = tensor.untyped_storage(), str(tensor.device)
+        if storage._cdata not in self.known:
+            self.known.add(storage._cdata)
+            self.live[device] += storage.nbytes()
+            self.peak[device] = max(self.peak[device], self.live[device])
+            weakref.finalize(storage, self.forget, storage._cdata, device, storage.nbytes())
+
+    def forget(self, key: int, device: str, size: int):
+        self.known.discard(key)
+        self.live[device] -= size
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor):
+                self.follow(tensor)
+        if function is torch.ops.aten._to_copy.default and out.device != args[0].device:
+            self.moved[str(args[0].device), str(out.device)] += out.nbytes
+        return out
+
+
+def without_seeds(devices: list):
+    """Stands in for `decompose.recomputed`: fake tensors hold no random numbers, so there are none to repeat."""
+    return lambda function, i: checkpoint(function, i, use_reentrant=False, preserve_rng_state=False)
+
+
+def fake_step(config: dict) -> LiveMemory:
+    """One training step, with Adam's averages made before. GPU i is called "cpu:{i + 1}", a CPU with a number, for which no
+    driver need exist. With `gpus` 0, "cpu:1" is the CPU of a run without GPUs, and holds the images too."""
+    devices = [torch.device("cpu", i + 1) for i in range(max(config["gpus"], 1))]
+    host = torch.device("cpu") if config["gpus"] else devices[0]
+    with LiveMemory() as memory, FakeTensorMode(), mock.patch("decompose.recomputed", without_seeds):
+        model = train.build_model(config)
+        for module in model.modules():
+            for name, weight in module.named_parameters(recurse=False):
+                setattr(module, name, torch.nn.Parameter(weight.detach().to(devices[0])))
+            for name, buffer in module.named_buffers(recurse=False):
+                setattr(module, name, buffer.to(devices[0]))
+        optimizer = torch.optim.Adam(model.parameters(), fused=True)
+        for weight in model.parameters():
+            weight.grad = torch.zeros_like(weight)
+        optimizer.step()
+        optimizer.zero_grad()
+        images = torch.empty(config["batch_size"], config["channels"], *config["image_size"], device=host)
+        masks = torch.empty(config["batch_size"], *config["image_size"], dtype=torch.uint8, device=host)
+        memory.peak.clear()
+        memory.moved.clear()
+        sums = train.run_tiles(model, images, masks, build_tiling(config), devices, train.loss_sums)
+        train.dice_cross_entropy(sum(s.to(devices[0]) for s in sums)).backward()
+        optimizer.step()
+    return memory
+
+
+def predict(config: dict) -> tuple[Counter, Counter]:
+    """Peak bytes of each device, and bytes moved by (from, to), in seconds for any number of tiles: from two and three
+    tiles per device on, it goes up in a straight line. Uneven tiles are taken to be as large as the largest."""
+    tiling, devices = build_tiling(config), max(config["gpus"], 1)
+    per_device = -(-len(tiling) // devices)
+    if per_device <= 3:
+        memory = fake_step(config)
+        return memory.peak, memory.moved
+    height = max(bottom - top for top, bottom, _, _ in tiling.halos)
+    width = max(right - left for _, _, left, right in tiling.halos)
+    two, three = (fake_step(config | {"image_size": (height, width * devices * n), "grid": (1, devices * n), "overlap": 0})
+                  for n in (2, 3))
+    return tuple(Counter({key: c[key] + (per_device - 3) * (c[key] - b[key]) for key in c})
+                 for b, c in ((two.peak, three.peak), (two.moved, three.moved)))
+
+
+def largest_image(config: dict, memory: float) -> int:
+    """Side of the largest square image whose training step stays below `memory` bytes on every GPU; 0 if none does.
+    Peak memory grows in a straight line with the number of pixels, so two sizes tell it."""
+    sides = [pixels * math.lcm(*config["grid"]) for pixels in (256, 512)]
+    small, large = (max(size for device, size in predict(config | {"image_size": (side, side)})[0].items() if device != "cpu")
+                    for side in sides)
+    slope = (large - small) / (sides[1] ** 2 - sides[0] ** 2)
+    pixels = sides[0] ** 2 + (memory - small) / slope
+    return int(math.sqrt(max(pixels, 0)))
+
+
+def main(arguments: list[str] | None = None):
+    parser = make_parser("Predict the peak memory of each GPU in a training step of train.py, without a GPU.")
+    parser.add_argument("--memory", type=number(0.1, float), metavar="GIB",
+                        help="memory of a GPU: also tells the largest square image that fits (default: not asked)")
+    config = parse(arguments, parser)
+    data = train.build_datasets(config)["train"]
+    config |= {"channels": data.channels, "classes": data.classes, "gpus": max(config["gpus"], 1)}
+
+    peak, moved = predict(config)
+    print(f"One training step, {len(build_tiling(config))} tiles, batch {config['batch_size']}"
+          f"{', recompute' if config['recompute'] else ''}:")
+    for i in range(config["gpus"]):
+        device = f"cpu:{i + 1}"
+        exchanged = sum(size for pair, size in moved.items() if device in pair and "cpu" not in pair)
+        print(f"  GPU {i}: peak {peak[device] / 2**20:10,.1f} MiB, exchanged with other GPUs {exchanged / 2**20:8,.1f} MiB, "
+              f"received from the host {moved['cpu', device] / 2**20:8,.1f} MiB")
+    if config["memory"]:
+        print(f"Largest square image on {config['gpus']} GPUs of {config['memory']:g} GiB:")
+        plain = {"grid": (1, 1), "gpus": 1, "comm_channels": 0, "recompute": False, "overlap": 0}
+        for name, changes in {"plain U-Net": plain, "decomposed": {"recompute": False},
+                              "decomposed, --recompute": {"recompute": True}}.items():
+            side = largest_image(config | changes, config["memory"] * 2**30)
+            print(f"  {name:24} {side:6} x {side}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

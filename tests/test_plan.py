@@ -1,0 +1,100 @@
+import pytest
+import torch
+from torch.utils._pytree import tree_leaves
+
+import plan
+import train
+from options import build_tiling, make_parser, parse
+
+SMALL = "--width 4 --depth 2 --batch-size 1 --comm-channels 4 --image-size 128 --out none"
+
+
+def test_live_memory_counts_storages_until_they_are_freed():
+    old = torch.zeros(1000)
+    with plan.LiveMemory() as memory:
+        memory.follow(old)
+        a = torch.zeros(1000)
+        b = a[:500].view(5, 100)  # a view is nothing new
+        c = a + 1
+        assert memory.live["cpu"] == 12_000
+        del a, c
+        assert memory.live["cpu"] == 8_000 and b.shape == (5, 100)
+        del b
+        torch.zeros(100)
+    assert memory.live["cpu"] == 4_000 and memory.peak["cpu"] == 12_000
+
+
+def configuration(options: str) -> dict:
+    return parse([*SMALL.split(), *options.split()], make_parser("")) | {"gpus": 0, "channels": 1, "classes": "abc"}
+
+
+def real_step(config: dict) -> int:
+    """Peak bytes of the tensors alive in a real training step on the CPU."""
+    model = train.build_model(config)
+    optimizer = torch.optim.Adam(model.parameters(), fused=True)
+    images = torch.rand(1, 1, *config["image_size"])
+    masks = torch.zeros(1, *config["image_size"], dtype=torch.uint8)
+
+    def step():
+        sums = train.run_tiles(model, images, masks, build_tiling(config), [torch.device("cpu")], train.loss_sums)
+        train.dice_cross_entropy(sum(sums)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step()
+    with plan.LiveMemory() as memory:
+        for tensor in tree_leaves([model.state_dict(), optimizer.state_dict()["state"], images, masks]):
+            memory.follow(tensor)
+        step()
+    return memory.peak["cpu"]
+
+
+@pytest.mark.parametrize("options", [
+    "--grid 1x1 --comm-channels 0", "--grid 1x3", "--grid 2x2 --recompute", "--grid 3x1 --overlap 8 --recompute --dropout 0.1"])
+def test_the_prediction_is_a_real_step_within_two_percent(options):
+    config = configuration(options)
+    assert plan.fake_step(config).peak["cpu:1"] == pytest.approx(real_step(config), rel=0.02)
+
+
+def test_with_many_tiles_memory_goes_up_in_a_straight_line():
+    for options in ("--grid 1x5", "--grid 1x5 --recompute"):
+        config = configuration(options) | {"image_size": (64, 320), "gpus": 1}
+        (peak, moved), whole = plan.predict(config), plan.fake_step(config)
+        assert peak["cpu:1"] == pytest.approx(whole.peak["cpu:1"], rel=0.02)
+        assert moved["cpu", "cpu:1"] == whole.moved["cpu", "cpu:1"]
+
+
+def test_with_recompute_the_peak_does_not_grow_with_the_number_of_tiles():
+    few, many = (plan.fake_step(configuration("--recompute") | {"image_size": (64, 64 * n), "grid": (1, n), "gpus": 1})
+                 .peak["cpu:1"] for n in (2, 6))
+    coarse_map = 4 * 4 * 16 * 16 * 4  # bytes of K = 4 channels of 16x16 cells of 4 more tiles
+    assert many - few < 12 * coarse_map  # those of every layer of the communication network, and no more
+    few, many = (plan.fake_step(configuration("") | {"image_size": (64, 64 * n), "grid": (1, n), "gpus": 1})
+                 .peak["cpu:1"] for n in (2, 6))
+    assert many > 2 * few
+
+
+def test_what_two_gpus_exchange_is_weights_statistics_coarse_maps_and_sums():
+    config = configuration("--grid 1x2 --image-size 64x128") | {"gpus": 2}
+    model = train.build_model(config)
+    halves = sum(tensor.nbytes for half in (model.encoder, model.decoder) for tensor in half.state_dict().values()
+                 if tensor.is_floating_point())  # weights there, their gradients back; running statistics both ways
+    coarse_map, sums, counters = 4 * 16 * 16 * 4, 8 * 4, 10 * 8
+    moved = plan.fake_step(config).moved
+    for pair in (("cpu:1", "cpu:2"), ("cpu:2", "cpu:1")):  # one way the map, the other way its gradient, twice
+        assert moved[pair] == pytest.approx(halves + 2 * coarse_map + sums, abs=counters)
+
+
+def test_the_largest_image_fits_and_a_larger_one_does_not():
+    config = configuration("--grid 2x1 --recompute") | {"gpus": 1}
+    side = plan.largest_image(config, 64 * 2**20) // 8 * 8
+    for size, fits in ((side - 16, True), (side + 16, False)):
+        assert (plan.predict(config | {"image_size": (size, size)})[0]["cpu:1"] <= 64 * 2**20) == fits
+
+
+def test_every_gpu_and_every_model_is_told(capsys):
+    plan.main([*SMALL.split(), "--gpus", "2", "--grid", "1x4", "--memory", "1"])
+    told = capsys.readouterr().out
+    assert "4 tiles" in told and "GPU 0: peak" in told and "GPU 1: peak" in told
+    sides = [int(line.split(" x ")[1]) for line in told.splitlines() if " x " in line]
+    assert len(sides) == 3 and sides == sorted(sides)
