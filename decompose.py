@@ -146,12 +146,17 @@ class DecomposedUNet(nn.Module):
         without: the activations of all its tiles, from their encoding to their gradient;
         with: coarse maps, and the activations of one tile. A tile is encoded and forgotten but for what it sends; encoded
         again, decoded and forgotten but for what `finish` returns; and each of the two again for its gradient.
-        Loss, gradients and running statistics are the same, and so are evaluation and prediction.
+        Loss, gradients and running statistics are the same (with dropout: drawn anew, but the same in every run of a
+        tile), and so are evaluation and prediction.
+
+    ValueError: a communication network without channels, or channels without a network.
     """
 
     def __init__(self, encoder: nn.Module, decoder: nn.Module, comm_net: nn.Module | None = None,
                  comm_channels: int = 0, recompute: bool = False):
         super().__init__()
+        if (comm_net is None) != (comm_channels == 0):
+            raise ValueError(f"{comm_channels} communicated channels, but the communication network is {comm_net}")
         self.encoder, self.decoder, self.comm_net = encoder, decoder, comm_net
         self.comm_channels, self.recompute = comm_channels, recompute
 
@@ -170,6 +175,9 @@ class DecomposedUNet(nn.Module):
         def encode(i):
             return encoder(i, tiles[i].to(devices[i], non_blocking=True))
 
+        if not self.recompute:
+            encode = functools.cache(encode)  # to send and to decode, the tile is encoded once and remembered
+
         def send(i):
             _, coarse = encode(i)
             return tiling.coarse.crop(i, coarse[:, -k:]).to(home)
@@ -179,9 +187,6 @@ class DecomposedUNet(nn.Module):
             if self.comm_net is not None:
                 coarse = torch.cat([coarse[:, :-k], received[i].to(devices[i])], dim=1)
             return finish(i, tiling.crop(i, decoder(i, skips, coarse)))
-
-        if not self.recompute:
-            encode = functools.cache(encode)  # what was computed to be sent is still there to be decoded
 
         everyone = range(len(tiling))
         if self.comm_net is not None:

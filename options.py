@@ -16,15 +16,16 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
-def number(smallest, kind=int):
-    """An argparse type: a finite number of `smallest` or more."""
+def number(smallest, kind=int, largest=math.inf):
+    """An argparse type: a finite number from `smallest` to `largest`."""
     def parse(text: str):
         try:
             value = kind(text)
         except ValueError:
             value = math.nan
-        if not smallest <= value < math.inf:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a number of {smallest} or more")
+        if not smallest <= value <= largest or value == math.inf:
+            limit = "or more" if largest == math.inf else f"to {largest}"
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number of {smallest} {limit}")
         return value
     return parse
 
@@ -60,8 +61,8 @@ def make_parser(description: str) -> Parser:
            "GPUs, else one or two tiles for each, as square as can be)")
     option("--overlap", type=number(0), default=0, metavar="PX", help="pixels that a tile sees beyond its borders, "
            "a multiple of 2^depth")
-    option("--width", type=number(1), default=8, help="channels at full resolution; each level down doubles them")
-    option("--depth", type=number(1), default=3, help="how often the encoder halves the resolution")
+    option("--width", type=number(1, largest=4096), default=8, help="channels at full resolution; each level down doubles them")
+    option("--depth", type=number(1, largest=12), default=3, help="how often the encoder halves the resolution")
     option("--comm-channels", type=number(0), default=32, metavar="K", help="channels of the coarse map that the tiles "
            "exchange; 0: they know nothing of each other")
     option("--dropout", type=number(0, float), default=0.0, help="probability of a channel to be left out")
@@ -73,7 +74,7 @@ def make_parser(description: str) -> Parser:
     option("--lr", type=number(0, float), default=0.015, help="peak of the one-cycle learning rate")
     option("--recompute", action="store_true", help="forget every tile's activations and compute them again when they "
            "are needed: memory for one tile per GPU, whatever the image")
-    option("--seed", type=number(0), default=0, help="of images, weights, dropout and order")
+    option("--seed", type=number(0, largest=2**63 - 1), default=0, help="of images, weights, dropout and order")
     option("--out", type=Path, default=unset, help="folder of the run (default: a new one in runs/)")
     return parser
 
@@ -94,9 +95,13 @@ def parse(arguments: list[str] | None, parser: Parser) -> dict:
     if config["dropout"] >= 1:
         parser.error(f"--dropout {config['dropout']}: take less than 1")
     try:
-        build_tiling(config)
+        tiling = build_tiling(config)
     except ValueError as error:
-        parser.error(str(error))
+        parser.error(f"--grid {rows}x{columns} --overlap {config['overlap']} --depth {config['depth']}: {error}")
+    last_batch = config["train_images"] % config["batch_size"] or min(config["train_images"], config["batch_size"])
+    if last_batch == 1 and (1, 1) in [(bottom - top, right - left) for top, bottom, left, right in tiling.coarse.halos]:
+        parser.error("a tile is a single cell, and the last batch a single image: batch norm needs at least two numbers; "
+                     "take another --batch-size, a coarser --grid or a smaller --depth")
     if "out" not in config:
         config["out"] = new_folder(f"runs/{config['dataset']}-{rows}x{columns}-k{k}-seed{config['seed']}")
     elif config["out"].is_dir() and any(config["out"].iterdir()):

@@ -15,13 +15,13 @@ def draw_curves(path, rows: list[dict], classes: list[str], colors: list):
     epochs = [row["epoch"] for row in rows]
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
     for name in ("train_loss", "val_loss"):
-        left.plot(epochs, [row[name] for row in rows], label=name.replace("_", " "))
+        left.plot(epochs, [row[name] for row in rows], "o-", label=name.replace("_", " "))
     left.set(xlabel="epoch", ylabel="loss", yscale="log")
     for name, color in zip(classes, colors):
-        right.plot(epochs, [row[f"val_iou_{name}"] for row in rows], label=name, color=color)
+        right.plot(epochs, [row[f"val_iou_{name}"] for row in rows], "o-", label=name, color=color)
     right.set(xlabel="epoch", ylabel="validation IoU", ylim=(0, 1.02))
     for axes in (left, right):
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axes.grid(alpha=0.3)
         axes.legend()
     save(figure, path)

@@ -258,14 +258,14 @@ def main(arguments: list[str] | None = None):
     try:
         data = build_datasets(config)["train"]
     except ValueError as error:
-        parser.error(str(error))
+        parser.error(f"--image-size: {error}")
     config |= {"channels": data.channels, "classes": data.classes, "colors": data.colors}
-    devices = find_devices(config)
     out = Path(config["out"])
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         parser.error(f"--out {out}: {error.strerror}; name a folder that can be made")
+    devices = find_devices(config)
     try:
         metrics = train(config, devices, out)
     except KeyboardInterrupt:

@@ -83,4 +83,6 @@ def main(run: str):
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 2 or not Path(sys.argv[1], "best.pt").exists():
+        sys.exit("give the folder of a run of train.py, one that holds best.pt: python -m experiments.idea runs/NAME")
     main(sys.argv[1])

@@ -206,3 +206,9 @@ def test_finish_decides_what_is_kept_of_a_tile():
     logits = model(tiling.split(image), tiling, [CPU] * 4)
     assert [i for i, _ in sums] == [0, 1, 2, 3]
     assert all(torch.equal(total, tile.sum()) for (_, total), tile in zip(sums, logits))
+
+
+@pytest.mark.parametrize("comm_net, channels", [(None, 4), (CommNet(4), 0)])
+def test_a_communication_network_and_its_channels_come_together(comm_net, channels):
+    with pytest.raises(ValueError, match=f"{channels} communicated channels, but the communication network is"):
+        decomposed(UNet(1, 2, 2, 1), comm_net, channels)
