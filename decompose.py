@@ -49,8 +49,8 @@ class Tiling:
     def __post_init__(self):
         for name, tiles, cells in zip(("rows", "columns"), self.grid, self.coarse_size):
             if not 1 <= tiles <= cells:
-                raise ValueError(f"{tiles} {name} of tiles: an image of {self.size[0]}x{self.size[1]} pixels in cells of "
-                                 f"{self.cell}x{self.cell} can have 1 to {cells}")
+                raise ValueError(f"{tiles} {name} of tiles: an image of {self.size[0]}x{self.size[1]} pixels in cells "
+                                 f"of {self.cell}x{self.cell} can have 1 to {cells}")
         if self.overlap < 0 or self.overlap % self.cell:
             raise ValueError(f"an overlap of {self.overlap} pixels: it must be a multiple of the cell, {self.cell}")
 
@@ -144,8 +144,8 @@ class DecomposedUNet(nn.Module):
     comm_channels: K, at most the channels of the coarse map;
     recompute: trade time for memory. What is alive on a device, in training:
         without: the activations of all its tiles, from their encoding to their gradient;
-        with: coarse maps, and the activations of one tile. A tile is encoded and forgotten but for what it sends; encoded
-        again, decoded and forgotten but for what `finish` returns; and each of the two again for its gradient.
+        with: coarse maps, and the activations of one tile. A tile is encoded and forgotten but for what it sends;
+        encoded again, decoded and forgotten but for what `finish` returns; and each of the two again for its gradient.
         Loss, gradients and running statistics are the same (with dropout: drawn anew, but the same in every run of a
         tile), and so are evaluation and prediction.
 

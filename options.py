@@ -61,7 +61,8 @@ def make_parser(description: str) -> Parser:
            "GPUs, else one or two tiles for each, as square as can be)")
     option("--overlap", type=number(0), default=0, metavar="PX", help="pixels that a tile sees beyond its borders, "
            "a multiple of 2^depth")
-    option("--width", type=number(1, largest=4096), default=8, help="channels at full resolution; each level down doubles them")
+    option("--width", type=number(1, largest=4096), default=8, help="channels at full resolution; "
+           "each level down doubles them")
     option("--depth", type=number(1, largest=12), default=3, help="how often the encoder halves the resolution")
     option("--comm-channels", type=number(0), default=32, metavar="K", help="channels of the coarse map that the tiles "
            "exchange; 0: they know nothing of each other")
@@ -100,8 +101,8 @@ def parse(arguments: list[str] | None, parser: Parser) -> dict:
         parser.error(f"--grid {rows}x{columns} --overlap {config['overlap']} --depth {config['depth']}: {error}")
     last_batch = config["train_images"] % config["batch_size"] or min(config["train_images"], config["batch_size"])
     if last_batch == 1 and (1, 1) in [(bottom - top, right - left) for top, bottom, left, right in tiling.coarse.halos]:
-        parser.error("a tile is a single cell, and the last batch a single image: batch norm needs at least two numbers; "
-                     "take another --batch-size, a coarser --grid or a smaller --depth")
+        parser.error("a tile is a single cell, and the last batch a single image: batch norm needs at least two "
+                     "numbers; take another --batch-size, a coarser --grid or a smaller --depth")
     if "out" not in config:
         config["out"] = new_folder(f"runs/{config['dataset']}-{rows}x{columns}-k{k}-seed{config['seed']}")
     elif config["out"].is_dir() and any(config["out"].iterdir()):

@@ -64,8 +64,8 @@ def without_seeds(devices: list):
 
 
 def fake_step(config: dict) -> LiveMemory:
-    """One training step, with Adam's averages made before. GPU i is called "cpu:{i + 1}", a CPU with a number, for which no
-    driver need exist. With `gpus` 0, "cpu:1" is the CPU of a run without GPUs, and holds the images too."""
+    """One training step, with Adam's averages made before. GPU i is called "cpu:{i + 1}", a CPU with a number, for
+    which no driver need exist. With `gpus` 0, "cpu:1" is the CPU of a run without GPUs, and holds the images too."""
     devices = [torch.device("cpu", i + 1) for i in range(max(config["gpus"], 1))]
     host = torch.device("cpu") if config["gpus"] else devices[0]
     with LiveMemory() as memory, FakeTensorMode(), mock.patch("decompose.recomputed", without_seeds):
@@ -100,8 +100,8 @@ def predict(config: dict) -> tuple[Counter, Counter]:
         return memory.peak, memory.moved
     height = max(bottom - top for top, bottom, _, _ in tiling.halos)
     width = max(right - left for _, _, left, right in tiling.halos)
-    two, three = (fake_step(config | {"image_size": (height, width * devices * n), "grid": (1, devices * n), "overlap": 0})
-                  for n in (2, 3))
+    two, three = (fake_step(config | {"image_size": (height, width * n), "grid": (1, n), "overlap": 0})
+                  for n in (2 * devices, 3 * devices))
     return tuple(Counter({key: c[key] + (per_device - 3) * (c[key] - b[key]) for key in c})
                  for b, c in ((two.peak, three.peak), (two.moved, three.moved)))
 
@@ -110,8 +110,8 @@ def largest_image(config: dict, memory: float) -> int:
     """Side of the largest square image whose training step stays below `memory` bytes on every GPU; 0 if none does.
     Peak memory grows in a straight line with the number of pixels, so two sizes tell it."""
     sides = [pixels * math.lcm(*config["grid"]) for pixels in (256, 512)]
-    small, large = (max(size for device, size in predict(config | {"image_size": (side, side)})[0].items() if device != "cpu")
-                    for side in sides)
+    peaks = [predict(config | {"image_size": (side, side)})[0] for side in sides]
+    small, large = (max(size for device, size in peak.items() if device != "cpu") for peak in peaks)
     slope = (large - small) / (sides[1] ** 2 - sides[0] ** 2)
     pixels = sides[0] ** 2 + (memory - small) / slope
     return int(math.sqrt(max(pixels, 0)))
@@ -131,7 +131,8 @@ def main(arguments: list[str] | None = None):
     for i in range(config["gpus"]):
         device = f"cpu:{i + 1}"
         exchanged = sum(size for pair, size in moved.items() if device in pair and "cpu" not in pair)
-        print(f"  GPU {i}: peak {peak[device] / 2**20:10,.1f} MiB, exchanged with other GPUs {exchanged / 2**20:8,.1f} MiB, "
+        print(f"  GPU {i}: peak {peak[device] / 2**20:10,.1f} MiB, "
+              f"exchanged with other GPUs {exchanged / 2**20:8,.1f} MiB, "
               f"received from the host {moved['cpu', device] / 2**20:8,.1f} MiB")
     if config["memory"]:
         print(f"Largest square image on {config['gpus']} GPUs of {config['memory']:g} GiB:")

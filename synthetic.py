@@ -35,13 +35,13 @@ class LinesAndCircles(Dataset):
     classes = ("background", "line", "circle")
     colors = ((0.86, 0.86, 0.82), (0.90, 0.45, 0.13), (0.16, 0.38, 0.60))
 
-    def __init__(self, length: int, size: tuple[int, int] = (64, 64), grid: tuple[int, int] = (2, 2), split: str = "train",
-                 seed: int = 0, max_apart: int | None = None, radius: int = 4, line_width: int = 3):
+    def __init__(self, length: int, size: tuple[int, int] = (64, 64), grid: tuple[int, int] = (2, 2),
+                 split: str = "train", seed: int = 0, max_apart: int | None = None, radius: int = 4, line_width: int = 3):
         rows, columns = grid
         self.tile = size[0] // max(rows, 1), size[1] // max(columns, 1)
         if rows < 1 or columns < 1 or rows * columns < 2 or min(self.tile) < 2 * radius + 1:
-            raise ValueError(f"an image of {size[0]}x{size[1]} in {rows}x{columns} tiles: two discs of {2 * radius + 1} "
-                             f"pixels need at least two tiles of that size")
+            raise ValueError(f"an image of {size[0]}x{size[1]} in {rows}x{columns} tiles: two discs of "
+                             f"{2 * radius + 1} pixels need at least two tiles of that size")
         if max_apart is not None and max_apart < 1:
             raise ValueError(f"max_apart {max_apart}: discs in different tiles are at least 1 tile apart")
         self.grid, self.max_apart = grid, max(grid) if max_apart is None else max_apart

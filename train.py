@@ -160,7 +160,8 @@ def train(config: dict, devices: list, out: Path) -> dict:
                                                    anneal_strategy="linear")
 
     rows, best = [], None
-    print("epoch  train loss  val loss" + "".join(f"  IoU {name}" for name in config["classes"]) + "  mean IoU  seconds")
+    names = "".join(f"  IoU {name}" for name in config["classes"])
+    print(f"epoch  train loss  val loss{names}  mean IoU  seconds")
     for epoch in range(1, config["epochs"] + 1):
         begun, lr = time.perf_counter(), schedule.get_last_lr()[0]
         loss = train_epoch(model, loaders["train"], tiling, devices, optimizer, schedule)

@@ -1,12 +1,11 @@
 """The bare training step against that of the plain U-Net: time and peak memory from 256x256 to 2048x2048 pixels.
 
-    python -m experiments.benchmark                  # 10 minutes on two CPU cores
-    python -m experiments.benchmark --sizes 512 1024 --grid 4x4 --rounds 9
+    python -m experiments.benchmark --sizes 512 1024 --rounds 3        # 6 minutes on two CPU cores
     python -m experiments.benchmark --quick          # seconds
 
-Forward, loss, backward and Adam on one random image that is there already: no data loading. All contestants take turns in
-one process, so that the ratios hold on a machine whose speed drifts; times are medians over the rounds, after one
-round to warm up. Peak memory is what the allocator says on a GPU, and on a CPU the sum of all tensors alive
+Forward, loss, backward and Adam on one random image that is there already: no data loading. All contestants take
+turns in one process, so that the ratios hold on a machine whose speed drifts; times are medians over the rounds,
+after a step to warm up. Peak memory is what the allocator says on a GPU, and on a CPU the sum of all tensors alive
 (weights, gradients, Adam's two averages and the image included). Writes runs/benchmark/benchmark.csv and benchmark.png;
 the last line of the output is JSON.
 """
@@ -63,7 +62,8 @@ class Contestant:
             self.step()
             return torch.cuda.max_memory_allocated() / 2**20
         with LiveMemory() as memory:
-            for tensor in tree_leaves([self.model.state_dict(), self.optimizer.state_dict()["state"], self.image, self.mask]):
+            averages = self.optimizer.state_dict()["state"]
+            for tensor in tree_leaves([self.model.state_dict(), averages, self.image, self.mask]):
                 memory.follow(tensor)
             self.step()
         return memory.peak["cpu"] / 2**20
@@ -72,7 +72,9 @@ class Contestant:
 def measure(size: int, grid: tuple[int, int], width: int, depth: int, rounds: int, device: torch.device) -> list[dict]:
     contestants = {name: Contestant(size, (1, 1) if shape == "1x1" else grid, recompute, width, depth, device)
                    for name, (shape, recompute) in CONTESTANTS.items()}
-    peaks = {name: [c.step(), c.peak_mib()][1] for name, c in contestants.items()}  # the first step makes Adam's averages
+    for contestant in contestants.values():
+        contestant.step()  # warms up, and makes Adam's averages
+    peaks = {name: contestant.peak_mib() for name, contestant in contestants.items()}
     times = {name: [] for name in contestants}
     for _ in range(rounds):
         for name, contestant in contestants.items():
@@ -81,7 +83,8 @@ def measure(size: int, grid: tuple[int, int], width: int, depth: int, rounds: in
     for name in contestants:
         seconds = statistics.median(times[name])
         ratios = [a / b for a, b in zip(times[name], times["plain U-Net"])]
-        rows.append({"size": size, "model": name, "seconds": round(seconds, 4), "megapixels_per_second": round(size**2 / 1e6 / seconds, 4),
+        rows.append({"size": size, "model": name, "seconds": round(seconds, 4),
+                     "megapixels_per_second": round(size**2 / 1e6 / seconds, 4),
                      "peak_mib": round(peaks[name], 1), "time_ratio": round(statistics.median(ratios), 3),
                      "memory_ratio": round(peaks[name] / peaks["plain U-Net"], 4)})
     return rows
@@ -104,7 +107,8 @@ def draw(rows: list[dict], path: Path):
 
 def main(arguments: list[str] | None = None):
     parser = options.Parser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--sizes", type=options.number(1), nargs="+", default=[256, 512, 1024, 2048], help="sides of the image")
+    parser.add_argument("--sizes", type=options.number(1), nargs="+", default=[256, 512, 1024, 2048],
+                        help="sides of the image")
     parser.add_argument("--grid", type=options.pair, default="8x8", help="tiles of the decomposed models")
     parser.add_argument("--width", type=options.number(1), default=16, help="channels of the first level")
     parser.add_argument("--depth", type=options.number(1), default=4, help="number of poolings")
@@ -128,7 +132,8 @@ def main(arguments: list[str] | None = None):
             writer.writeheader()
             writer.writerows(rows)
         draw(rows, folder / "benchmark.png")
-    print(json.dumps({"device": str(device), "threads": torch.get_num_threads(), "torch": torch.__version__, "rows": rows}))
+    print(json.dumps({"device": str(device), "threads": torch.get_num_threads(), "torch": torch.__version__,
+                      "rows": rows}))
 
 
 if __name__ == "__main__":
