@@ -31,6 +31,14 @@ def test_every_training_command_runs(command, tmp_path):
     assert (tmp_path / "run/metrics.json").exists()
 
 
+@pytest.mark.parametrize("command", [line for line in COMMANDS if line.startswith(("python -m experiments", "python plan"))])
+def test_every_other_command_is_understood(command, tmp_path):
+    result = subprocess.run([sys.executable, *shlex.split(command)[1:], "--help"], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0 and "usage:" in result.stdout, result.stderr
+    unknown = set(re.findall(r"--[a-z-]+", command)) - set(re.findall(r"--[a-z-]+", result.stdout))
+    assert not unknown
+
+
 @pytest.mark.parametrize("name", sorted(ALONE))
 def test_a_tutorial_file_works_when_copied_alone_with_the_example_of_the_readme(name, tmp_path):
     (example,) = [code for code in EXAMPLES if f"from {name[:-3]} import" in code]
