@@ -93,7 +93,7 @@ def test_the_largest_image_fits_and_a_larger_one_does_not():
 
 
 def test_every_gpu_and_every_model_is_told(capsys):
-    plan.main([*SMALL.split(), "--gpus", "2", "--grid", "1x4", "--memory", "1"])
+    plan.main([*SMALL.split(), "--depth", "1", "--gpus", "2", "--grid", "1x4", "--memory", "1"])
     told = capsys.readouterr().out
     assert "4 tiles" in told and "GPU 0: peak" in told and "GPU 1: peak" in told
     sides = [int(line.split(" x ")[1]) for line in told.splitlines() if " x " in line]
