@@ -109,7 +109,7 @@ class PerTile:
 
     The copies of the weights are part of the graph, so autograd adds up the gradients of all devices by itself.
     Every tile is normalised by its own statistics and starts from the same old running statistics: neither the
-    number of devices nor the order of the tiles changes what comes out.
+    number of devices nor the order of the tiles changes what comes out, but for rounding.
     """
 
     def __init__(self, module: nn.Module, devices: Sequence[torch.device]):

@@ -2,7 +2,7 @@
 
     python -m experiments.qualitative [options of train.py]
 
-Trains each model with three seeds (25 minutes on two CPU cores; a run that is there already is not repeated), prints a
+Trains each model with three seeds (nine runs; one that is there already is not repeated), prints a
 table of test IoU and draws qualitative.png: image, true mask, and the masks of the three models with the first seed.
 --quick: one seed and a few steps, in seconds. Runs, table and picture go to runs/qualitative or runs/qualitative-quick;
 the picture of the README is the first, copied here.
@@ -23,7 +23,7 @@ def main(arguments: list[str]):
     options, seeds = (QUICK, [0]) if quick else (arguments, [0, 1, 2])
     folder = Path("runs/qualitative-quick" if quick else "runs/qualitative")
 
-    table, columns = [], {}
+    table, columns, boxes = [], {}, None
     for model, flags in MODELS.items():
         runs = {seed: folder / f"{model.split()[0]}-seed{seed}" for seed in seeds}
         metrics = [trained(out, [*options, *flags, "--seed", str(seed)]) for seed, out in runs.items()]
@@ -37,7 +37,7 @@ def main(arguments: list[str]):
         pictures = train.predict_some(train.load_model(checkpoint), data, tiling, [torch.device("cpu")])
         columns["image"], columns["true mask"] = pictures["image"], pictures["true mask"]
         columns[model.replace(" ", "\n", 1)] = pictures["prediction"]
-        boxes = boxes if len(table) > 1 else tiling.boxes
+        boxes = boxes or tiling.boxes  # the tiles of the first model, drawn for all
 
     names = " | ".join(f"IoU {name}" for name in metrics[0]["test"]["iou"])
     lines = [f"| model | {names} | mean IoU | parameters |", "|---" * (names.count("|") + 4) + "|", *table]
