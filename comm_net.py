@@ -8,21 +8,24 @@ Source: Verburg, Heinlein, Cyr, "DDU-Net" (arXiv 2407.21266).
 This file imports nothing but torch: copy it.
 """
 
+from collections.abc import Sequence
+
 from torch import nn
 
 
 class CommNet(nn.Sequential):
-    """Three times: 5x5 convolution, batch norm, ReLU, dropout of whole channels. (B,K,h,w) -> (B,K,h,w).
+    """For each dilation: 5x5 convolution, batch norm, ReLU, dropout of whole channels. (B,K,h,w) -> (B,K,h,w).
 
-    How far it sees: a 5x5 convolution looks 2 cells to every side, so three of them look 6. A coarse cell is
-    2^D pixels wide: 6 cells are 48 pixels at depth 3, 96 at depth 4. Beyond that, nothing passes.
+    The default is the paper's: three convolutions without dilation. A 5x5 convolution looks 2 cells to every side, times
+    its dilation, and a coarse cell is 2^D pixels wide: three of them see 6 cells, 48 pixels at depth 3, 96 at depth 4.
+    Dilations 1, 2, 4, 8 see 30 cells, with weights for one convolution more. Beyond its reach, nothing passes.
     """
 
-    def __init__(self, channels: int, dropout: float = 0.1):
+    def __init__(self, channels: int, dropout: float = 0.1, dilations: Sequence[int] = (1, 1, 1)):
         layers = []
-        for _ in range(3):
+        for dilation in dilations:
             layers += [
-                nn.Conv2d(channels, channels, kernel_size=5, padding=2),
+                nn.Conv2d(channels, channels, kernel_size=5, padding=2 * dilation, dilation=dilation),
                 nn.BatchNorm2d(channels),
                 nn.ReLU(inplace=True),
                 nn.Dropout2d(dropout),

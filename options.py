@@ -66,6 +66,8 @@ def make_parser(description: str) -> Parser:
     option("--depth", type=number(1, largest=12), default=3, help="how often the encoder halves the resolution")
     option("--comm-channels", type=number(0), default=32, metavar="K", help="channels of the coarse map that the tiles "
            "exchange; 0: they know nothing of each other")
+    option("--dilations", type=number(1, largest=1024), nargs="+", default=[1, 1, 1], metavar="N", help="dilation of "
+           "each convolution of the communication network; together they see 2 * sum * 2^depth pixels to every side")
     option("--dropout", type=number(0, float), default=0.0, help="probability of a channel to be left out")
     option("--image-size", type=size, default="64", metavar="N|HxW", help="pixels of the synthetic images")
     option("--train-images", type=number(1), default=2400, metavar="N", help="synthetic images to learn from; "

@@ -79,7 +79,7 @@ def build_model(config: dict) -> DecomposedUNet:
     width, depth, dropout, k = config["width"], config["depth"], config["dropout"], config["comm_channels"]
     return DecomposedUNet(Encoder(config["channels"], width, depth, dropout),
                           Decoder(len(config["classes"]), width, depth, dropout),
-                          CommNet(k, dropout) if k else None, k, config["recompute"])
+                          CommNet(k, dropout, config["dilations"]) if k else None, k, config["recompute"])
 
 
 def build_datasets(config: dict) -> dict[str, LinesAndCircles]:

@@ -37,7 +37,7 @@ class Contestant:
         torch.manual_seed(0)
         k = 0 if grid == (1, 1) else min(32, width * 2**depth)
         self.model = train.build_model({"channels": 1, "classes": "abc", "width": width, "depth": depth, "dropout": 0.1,
-                                        "comm_channels": k, "recompute": recompute}).to(device)
+                                        "comm_channels": k, "dilations": [1, 1, 1], "recompute": recompute}).to(device)
         self.optimizer = torch.optim.Adam(self.model.parameters(), fused=True)
         self.tiling, self.device = Tiling((size, size), grid, 2**depth), device
         self.image = torch.rand(1, 1, size, size)

@@ -13,7 +13,7 @@ from synthetic import LinesAndCircles
 CPU = torch.device("cpu")
 B, L, K, WIDTH, DEPTH = 3, 3, 8, 4, 2
 CONFIG = {"channels": 1, "classes": LinesAndCircles.classes, "width": WIDTH, "depth": DEPTH, "dropout": 0.0,
-          "comm_channels": K, "recompute": False}
+          "comm_channels": K, "dilations": [1, 2], "recompute": False}
 
 
 def one_step(grid, devices):

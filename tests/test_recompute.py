@@ -7,7 +7,8 @@ import train
 from decompose import DecomposedUNet, Tiling
 
 CPU = torch.device("cpu")
-CONFIG = {"channels": 1, "classes": "abc", "width": 4, "depth": 2, "dropout": 0.0, "comm_channels": 8, "recompute": False}
+CONFIG = {"channels": 1, "classes": "abc", "width": 4, "depth": 2, "dropout": 0.0, "comm_channels": 8,
+          "dilations": [1, 1, 1], "recompute": False}
 
 
 def one_step(size, tiling, **changes):

@@ -72,7 +72,7 @@ def test_a_batch_without_a_known_pixel_has_a_finite_loss():
 def test_padding_and_overlap_count_no_pixel_twice():
     tiling = Tiling((22, 26), (2, 2), 4, overlap=4)
     model = train.build_model({"channels": 1, "classes": "ab", "width": 2, "depth": 2, "dropout": 0, "comm_channels": 0,
-                               "recompute": False})
+                               "dilations": [1, 1, 1], "recompute": False})
     images, masks = torch.randn(1, 1, 22, 26), torch.zeros(1, 22, 26, dtype=torch.uint8)
     counts = sum(train.run_tiles(model, images, masks, tiling, [CPU], train.confusion))
     assert counts.sum() == 22 * 26
