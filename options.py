@@ -1,13 +1,16 @@
 """What can be asked for: the command line of train.py, and the one line that answers what cannot be done."""
 
 import argparse
+import functools
 import itertools
 import math
+import sys
 from pathlib import Path
 
 import torch
 
 from decompose import Tiling
+from image_folder import DataError
 
 
 class Parser(argparse.ArgumentParser):
@@ -55,7 +58,14 @@ def default_grid(gpus: int) -> tuple[int, int]:
 def make_parser(description: str) -> Parser:
     parser = Parser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     option, unset = parser.add_argument, argparse.SUPPRESS
-    option("--dataset", choices=["synthetic"], default="synthetic", help="what to learn: lines between circles")
+    option("--dataset", choices=["synthetic", "folder", "deepglobe"], default="synthetic", help="what to learn: lines "
+           "between circles, images and masks of your own, or DeepGlobe's land cover")
+    option("--data", type=Path, default=None, metavar="DIR", help="folder of your own images or of DeepGlobe's; the top "
+           "of image_folder.py tells the layout")
+    option("--crop", type=size, default=None, metavar="N|HxW", help="learn from windows of this size, somewhere else each "
+           "time (default: whole images)")
+    option("--augment", action=argparse.BooleanOptionalAction, default=True, help="flip images from a folder at random, "
+           "and turn square ones")
     option("--gpus", type=number(1), default=unset, help="GPUs to use (default: all there are)")
     option("--grid", type=pair, default=unset, metavar="RxC", help="rows x columns of tiles (default: 2x2 for up to 4 "
            "GPUs, else one or two tiles for each, as square as can be)")
@@ -69,10 +79,10 @@ def make_parser(description: str) -> Parser:
     option("--dilations", type=number(1, largest=1024), nargs="+", default=[1, 1, 1], metavar="N", help="dilation of "
            "each convolution of the communication network; together they see 2 * sum * 2^depth pixels to every side")
     option("--dropout", type=number(0, float), default=0.0, help="probability of a channel to be left out")
-    option("--image-size", type=size, default="64", metavar="N|HxW", help="pixels of the synthetic images")
-    option("--train-images", type=number(1), default=2400, metavar="N", help="synthetic images to learn from; "
-           "validation and test have an eighth each")
-    option("--epochs", type=number(1), default=4, help="passes over the training images")
+    option("--image-size", type=size, default=unset, metavar="N|HxW", help="pixels of the synthetic images (default: 64)")
+    option("--train-images", type=number(1), default=unset, metavar="N", help="synthetic images to learn from; "
+           "validation and test have an eighth each (default: 2400)")
+    option("--epochs", type=number(0), default=4, help="passes over the training images; 0: only evaluate")
     option("--batch-size", type=number(1), default=16, help="images per step")
     option("--lr", type=number(0, float), default=0.015, help="peak of the one-cycle learning rate")
     option("--recompute", action="store_true", help="forget every tile's activations and compute them again when they "
@@ -83,8 +93,12 @@ def make_parser(description: str) -> Parser:
 
 
 def parse(arguments: list[str] | None, parser: Parser) -> dict:
-    """The configuration: every option with its value. What cannot work ends here, with one line."""
+    """The configuration: every option with its value. Options that do not go together end here, with one line."""
     config = vars(parser.parse_args(arguments))
+    if config.get("resume"):
+        if any(word.startswith("-") and not word.startswith("--resume") for word in arguments or sys.argv[1:]):
+            parser.error("--resume goes on with the options of the run; give it alone")
+        return config
 
     rows, columns = config.setdefault("grid", default_grid(config.get("gpus", torch.cuda.device_count())))
     gpus = config.setdefault("gpus", min(torch.cuda.device_count(), rows * columns))
@@ -97,23 +111,61 @@ def parse(arguments: list[str] | None, parser: Parser) -> dict:
                      f"{config['depth']} has only {coarse_channels} channels: take at most that many")
     if config["dropout"] >= 1:
         parser.error(f"--dropout {config['dropout']}: take less than 1")
-    try:
-        tiling = build_tiling(config)
-    except ValueError as error:
-        parser.error(f"--grid {rows}x{columns} --overlap {config['overlap']} --depth {config['depth']}: {error}")
-    last_batch = config["train_images"] % config["batch_size"] or min(config["train_images"], config["batch_size"])
-    if last_batch == 1 and (1, 1) in [(bottom - top, right - left) for top, bottom, left, right in tiling.coarse.halos]:
-        parser.error("a tile is a single cell, and the last batch a single image: batch norm needs at least two "
-                     "numbers; take another --batch-size, a coarser --grid or a smaller --depth")
+    for option, value in (("image_size", (64, 64)), ("train_images", 2400)):
+        if option in config and config["dataset"] != "synthetic":
+            parser.error(f"--{option.replace('_', '-')} is for --dataset synthetic; a folder has its own")
+        config.setdefault(option, value)
+    if (config["dataset"] == "synthetic") != (config["data"] is None):
+        parser.error(f"--dataset {config['dataset']} --data {config['data']}: --data DIR goes with --dataset folder or "
+                     "deepglobe, and they with it")
+    if config["crop"] and config["dataset"] == "synthetic":
+        parser.error("--crop is for --dataset folder or deepglobe; for synthetic take --image-size")
     if "out" not in config:
         config["out"] = new_folder(f"runs/{config['dataset']}-{rows}x{columns}-k{k}-seed{config['seed']}")
     elif config["out"].is_dir() and any(config["out"].iterdir()):
-        parser.error(f"--out {config['out']}: this folder is not empty; name a new one")
-    return config | {"out": str(config["out"])}
+        parser.error(f"--out {config['out']}: this folder is not empty; name a new one, or go on with the run in it: "
+                     f"--resume {config['out']}")
+    return {name: str(value) if isinstance(value, Path) else value for name, value in config.items()}
 
 
-def build_tiling(config: dict) -> Tiling:
-    return Tiling(config["image_size"], config["grid"], 2 ** config["depth"], config["overlap"])
+def check_sizes(config: dict, sizes: dict[tuple[int, int], str], images: int) -> tuple[int, int]:
+    """The size that --grid cuts: that of the crops, or the largest of the training images. DataError: it cannot be cut.
+    sizes: those of the training images, with the name of one of each; images: how many there are."""
+    if config["crop"]:
+        sizes = {config["crop"]: "--crop"}
+    size, batch = max(sizes, key=math.prod), config["batch_size"]
+    if len(sizes) > 1 and batch > 1:
+        (one, another), *_ = itertools.combinations(sizes.items(), 2)
+        raise DataError(f"{another[1]}: {another[0][0]}x{another[0][1]} pixels, but {one[1]} has {one[0][0]}x{one[0][1]}; "
+                        "images of several sizes need --batch-size 1 or --crop HxW")
+    try:
+        tilings = [build_tiling(config | {"image_size": size}, other) for other in sizes]
+    except ValueError as error:
+        rows, columns = config["grid"]
+        raise DataError(f"{sizes[size]}: --grid {rows}x{columns} --overlap {config['overlap']} --depth {config['depth']}: "
+                        f"{error}") from None
+    last_batch = images % batch or min(images, batch)
+    if last_batch == 1 and any((1, 1) == (bottom - top, right - left)
+                               for tiling in tilings for top, bottom, left, right in tiling.coarse.halos):
+        raise DataError("a tile is a single cell, and the last batch a single image: batch norm needs at least two "
+                        "numbers; take another --batch-size, a coarser --grid or a smaller --depth")
+    return size
+
+
+@functools.cache
+def cut(size: tuple[int, int], grid: tuple[int, int], cell: int, overlap: int) -> Tiling:
+    return Tiling(size, grid, cell, overlap)
+
+
+def build_tiling(config: dict, size: tuple[int, int], grid: tuple[int, int] | None = None) -> Tiling:
+    """How an image of this size is cut: as `grid` says; else the size to learn from as --grid says, and every other
+    size into tiles no larger than those. ValueError: it cannot be."""
+    cell, overlap = 2 ** config["depth"], config["overlap"]
+    if grid is None:
+        top, bottom, left, right = cut(tuple(config["image_size"]), tuple(config["grid"]), cell, 0).boxes[0]
+        same = tuple(size) == tuple(config["image_size"])
+        grid = config["grid"] if same else (-(-size[0] // (bottom - top)), -(-size[1] // (right - left)))
+    return cut(tuple(size), tuple(grid), cell, overlap)
 
 
 def new_folder(name: str) -> Path:

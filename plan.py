@@ -21,7 +21,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 import train
-from options import build_tiling, make_parser, number, parse
+from image_folder import DataError
+from options import build_tiling, check_sizes, make_parser, number, parse
 
 
 class LiveMemory(TorchDispatchMode):
@@ -84,8 +85,7 @@ def fake_step(config: dict) -> LiveMemory:
         masks = torch.empty(config["batch_size"], *config["image_size"], dtype=torch.uint8, device=host)
         memory.peak.clear()
         memory.moved.clear()
-        sums = train.run_tiles(model, images, masks, build_tiling(config), devices, train.loss_sums)
-        train.dice_cross_entropy(sum(s.to(devices[0]) for s in sums)).backward()
+        train.batch_loss(model, images, masks, build_tiling(config, config["image_size"]), devices).backward()
         optimizer.step()
     return memory
 
@@ -93,7 +93,7 @@ def fake_step(config: dict) -> LiveMemory:
 def predict(config: dict) -> tuple[Counter, Counter]:
     """Peak bytes of each device, and bytes moved by (from, to), in seconds for any number of tiles: from two and three
     tiles per device on, it goes up in a straight line. Uneven tiles are taken to be as large as the largest."""
-    tiling, devices = build_tiling(config), max(config["gpus"], 1)
+    tiling, devices = build_tiling(config, config["image_size"]), max(config["gpus"], 1)
     per_device = -(-len(tiling) // devices)
     if per_device <= 3:
         memory = fake_step(config)
@@ -121,12 +121,18 @@ def main(arguments: list[str] | None = None):
     parser = make_parser("Predict the peak memory of each GPU in a training step of train.py, without a GPU.")
     parser.add_argument("--memory", type=number(0.1, float), metavar="GIB",
                         help="memory of a GPU: also tells the largest square image that fits (default: not asked)")
+    parser.add_argument("--channels", type=number(1), default=1, help="of the image")
+    parser.add_argument("--classes", type=number(2, largest=255), default=3, help="of the mask")
     config = parse(arguments, parser)
-    data = train.build_datasets(config)["train"]
-    config |= {"channels": data.channels, "classes": data.classes, "gpus": max(config["gpus"], 1)}
+    try:
+        check_sizes(config, {config["image_size"]: "--image-size"}, config["batch_size"])
+    except DataError as error:
+        parser.error(str(error))
+    config |= {"classes": range(config["classes"]), "gpus": max(config["gpus"], 1),
+               "mean": [0.0] * config["channels"], "std": [1.0] * config["channels"]}
 
     peak, moved = predict(config)
-    print(f"One training step, {len(build_tiling(config))} tiles, batch {config['batch_size']}"
+    print(f"One training step, {len(build_tiling(config, config['image_size']))} tiles, batch {config['batch_size']}"
           f"{', recompute' if config['recompute'] else ''}:")
     for i in range(config["gpus"]):
         device = f"cpu:{i + 1}"

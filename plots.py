@@ -27,33 +27,41 @@ def draw_curves(path, rows: list[dict], classes: list[str], colors: list):
     save(figure, path)
 
 
-def draw_predictions(path, columns: dict[str, list], boxes: list, classes: list[str], colors: list):
-    """A picture per cell: `columns` maps a title to images (C,H,W) of 0 to 1, or to masks (H,W) of class indices.
-    boxes: (top, bottom, left, right) of every tile, drawn as lines."""
+def draw_predictions(path, columns: dict[str, list], boxes: list[list], classes: list[str], colors: list):
+    """A picture per cell: `columns` maps a title to images (C,H,W), or to masks (H,W) of class indices.
+    boxes: of each row of pictures, (top, bottom, left, right) of every tile, drawn as lines."""
     count = len(next(iter(columns.values())))
     figure, axes = plt.subplots(count, len(columns), figsize=(2.2 * len(columns), 2.2 * count + 0.5), squeeze=False,
                                 layout="constrained")
     for column, (title, pictures) in zip(axes.T, columns.items()):
         column[0].set_title(title)
-        for cell, picture in zip(column, pictures):
-            show(cell, picture, boxes, colors)
+        for cell, picture, tiles in zip(column, pictures, boxes):
+            show(cell, picture, tiles, colors)
     figure.legend(handles=[Patch(color=color, label=name, ec="gray") for name, color in zip(classes, colors)],
                   loc="outside lower center", ncols=min(len(classes), 4), frameon=False)
     save(figure, path)
 
 
 def show(axes, picture, boxes: list, colors: list):
-    """An image (C,H,W) in grey or colour, or a mask (H,W) in the colours of its classes."""
+    """An image (C,H,W) in grey or colour, or a mask (H,W) in the colours of its classes; what does not count is white."""
     picture = np.asarray(picture)
     if picture.ndim == 3:
-        axes.imshow(picture.transpose(1, 2, 0).squeeze(), cmap="gray", vmin=0, vmax=1)
+        axes.imshow(visible(picture))
     else:
-        axes.imshow(picture, cmap=ListedColormap(colors), vmin=-0.5, vmax=len(colors) - 0.5, interpolation="nearest")
+        classes = ListedColormap(colors).with_extremes(over="white")
+        axes.imshow(picture, cmap=classes, vmin=-0.5, vmax=len(colors) - 0.5, interpolation="nearest")
     height, width = picture.shape[-2:]
     for top, _, left, _ in boxes:
         axes.axhline(top - 0.5, color="tab:red", linewidth=0.7)
         axes.axvline(left - 0.5, color="tab:red", linewidth=0.7)
     axes.set(xticks=[], yticks=[], xlim=(-0.5, width - 0.5), ylim=(height - 0.5, -0.5))
+
+
+def visible(image: np.ndarray) -> np.ndarray:
+    """(C,H,W) of any numbers -> (H,W,3) from 0 to 1: grey for one or two channels, else the first three."""
+    image = image[:3] if len(image) > 2 else image[[0, 0, 0]]
+    smallest, largest = (0, 255) if image.dtype == np.uint8 else (float(image.min()), float(image.max()))
+    return ((image.astype(np.float32) - smallest) / (largest - smallest or 1)).transpose(1, 2, 0)
 
 
 def save(figure, path):

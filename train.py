@@ -3,229 +3,299 @@
     python train.py --gpus 4 --dataset synthetic          # four tiles with a communication network
     python train.py --comm-channels 0                     # the same tiles, which know nothing of each other
     python train.py --grid 1x1 --comm-channels 0          # the plain U-Net on the whole image
+    python train.py --dataset folder --data DIR           # your own images and masks, see image_folder.py
+    python train.py --resume runs/NAME                    # go on after the last completed epoch
 
 Every run leaves a folder: metrics.json, log.csv, best.pt, last.pt, curves.png, predictions.png.
-Read from top to bottom: what is measured, what is built, how it is trained, what is written. What can be asked for
-stands in options.py.
+Read from top to bottom: what is built, how it is trained, the command. What can be asked for stands in options.py.
 Letters (B, C, H, W, K, D, L, ...) as in decompose.py.
 """
 
-import csv
-import json
-import os
+import collections
+import functools
+import math
 import resource
 import statistics
 import sys
 import time
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset, default_collate
 
+import checkpoints
+import image_folder
 import plots
+import survey
+from checkpoints import CheckpointError
 from comm_net import CommNet
 from decompose import DecomposedUNet, Tiling
-from options import build_tiling, make_parser, parse
+from image_folder import DataError
+from metrics import IGNORE, confusion, dice_cross_entropy, loss_sums, near_seam, scores
+from options import build_tiling, check_sizes, make_parser, parse
 from synthetic import LinesAndCircles
 from unet import Decoder, Encoder
 
-IGNORE = 255  # mask value of pixels that are neither learned nor scored
-
-
-# What is measured. Each tile yields a few sums where it was computed; only these travel, never a mask.
-
-def loss_sums(logits: Tensor, mask: Tensor) -> Tensor:
-    """Logits (B,L,h,w), mask (B,h,w) -> (2L+2,) float32: per class, the intersection and the cardinality
-    (predicted plus true) for Dice; the sum of the cross-entropy; the number of pixels that count."""
-    log_p = logits.float().log_softmax(dim=1)
-    counts = (mask != IGNORE).unsqueeze(1)
-    truth = torch.zeros_like(log_p).scatter_(1, mask.long().unsqueeze(1).where(counts, 0), counts.float())
-    p = log_p.exp() * counts
-    pixels = (0, 2, 3)
-    return torch.cat([(p * truth).sum(pixels), p.sum(pixels) + truth.sum(pixels),
-                      -(log_p * truth).sum().unsqueeze(0), counts.sum().float().unsqueeze(0)])
-
-
-def dice_cross_entropy(sums: Tensor) -> Tensor:
-    """The sums of all tiles -> (1 - mean Dice over classes) + mean cross-entropy. The Dice of a class is
-    (2 * intersection + 1) / (cardinality + 1), so a class that is neither there nor predicted scores 1."""
-    (intersection, cardinality), (cross_entropy, pixels) = sums[:-2].chunk(2), sums[-2:]
-    dice = (2 * intersection + 1) / (cardinality + 1)
-    return 1 - dice.mean() + cross_entropy / pixels.clamp(min=1)
-
-
-def confusion(logits: Tensor, mask: Tensor) -> Tensor:
-    """Logits (B,L,h,w), mask (B,h,w) -> (L,L) counts of pixels: true class by predicted class."""
-    classes = logits.shape[1]
-    pairs = (mask.long() * classes + logits.argmax(dim=1)).where(mask != IGNORE, classes**2).flatten()
-    counts = torch.zeros(classes**2 + 1, dtype=torch.long, device=logits.device)
-    counts.scatter_add_(0, pairs, torch.ones_like(pairs))  # bincount would make the loop wait for each GPU in turn
-    return counts[:-1].view(classes, classes)
-
-
-def iou(counts: Tensor) -> Tensor:
-    """(L,L) counts -> intersection over union of each class, nan for a class neither true nor predicted."""
-    counts = counts.double()
-    intersection = counts.diagonal()
-    return intersection / (counts.sum(dim=0) + counts.sum(dim=1) - intersection)
+class Diverged(ArithmeticError):
+    """The loss is no number any more."""
 
 
 # What is built
 
+class Normalise:
+    """Before the encoder: a tile as it is stored -> numbers of mean 0 and standard deviation 1 in each channel.
+    Tiles travel as they are stored, which for a photograph is a quarter of the bytes."""
+
+    def __init__(self, mean: list[float], std: list[float]):
+        self.on_device = functools.cache(lambda device: torch.tensor([mean, std]).to(device)[..., None, None])
+
+    def __call__(self, encoder: Encoder, inputs: tuple[Tensor]) -> Tensor:
+        tile, (mean, std) = inputs[0], self.on_device(inputs[0].device)
+        kind = next(encoder.parameters()).dtype
+        return (tile.to(kind) / image_folder.scale(tile) - mean.to(kind)) / std.to(kind)
+
+
 def build_model(config: dict) -> DecomposedUNet:
     """The network that a configuration describes, as `best.pt` and `last.pt` hold it under "config"."""
     width, depth, dropout, k = config["width"], config["depth"], config["dropout"], config["comm_channels"]
-    return DecomposedUNet(Encoder(config["channels"], width, depth, dropout),
-                          Decoder(len(config["classes"]), width, depth, dropout),
+    encoder = Encoder(config["channels"], width, depth, dropout)
+    encoder.register_forward_pre_hook(Normalise(config["mean"], config["std"]))
+    return DecomposedUNet(encoder, Decoder(len(config["classes"]), width, depth, dropout),
                           CommNet(k, dropout, config["dilations"]) if k else None, k, config["recompute"])
 
 
-def build_datasets(config: dict) -> dict[str, LinesAndCircles]:
-    """Train, val and test; val and test have an eighth of the training images each. The discs are kept apart by tiles
-    of about 32x32 pixels whatever the network's grid, so that all models see the same images."""
-    count, size = config["train_images"], config["image_size"]
-    lengths = {"train": count, "val": max(count // 8, 1), "test": max(count // 8, 1)}
-    grid = tuple(max(pixels // 32, 1) for pixels in size)
-    return {split: LinesAndCircles(length, size, grid, split, config["seed"]) for split, length in lengths.items()}
+def load_model(path: Path) -> tuple[DecomposedUNet, dict]:
+    """The network of a checkpoint, on the CPU and in evaluation mode, and its configuration. CheckpointError."""
+    state = checkpoints.load(path)
+    try:
+        model = build_model(state["config"])
+        model.load_state_dict(state["model"])
+    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError):
+        raise CheckpointError(f"{path}: its weights do not fit its configuration, or it comes from another "
+                                          "version of train.py; name another checkpoint") from None
+    return model.eval(), state["config"]
+
+
+def build_datasets(config: dict) -> dict[str, Dataset]:
+    """Train, val and test, as --dataset says. Of the synthetic images, val and test have an eighth of the training
+    images each; the discs are kept apart by tiles of about 32x32 pixels whatever the network's grid, so that all models
+    see the same images."""
+    if config["dataset"] == "synthetic":
+        count, size = config["train_images"], config["image_size"]
+        lengths = {"train": count, "val": max(count // 8, 1), "test": max(count // 8, 1)}
+        grid = tuple(max(pixels // 32, 1) for pixels in size)
+        return {split: LinesAndCircles(length, size, grid, split, config["seed"]) for split, length in lengths.items()}
+    return image_folder.open_folder(Path(config["data"]), config["dataset"] == "deepglobe", config["seed"], config["crop"],
+                                    config["augment"])
+
+
+def describe(config: dict) -> dict:
+    """What the data add to the configuration: channels, classes, colors, mean, std and image_size. DataError."""
+    try:
+        datasets = build_datasets(config)
+    except DataError:
+        raise
+    except ValueError as error:
+        raise DataError(f"--image-size: {error}") from None
+    data = datasets["train"]
+    if config["dataset"] == "synthetic":
+        known = {"channels": data.channels, "classes": data.classes, "colors": data.colors, "mean": [0.0], "std": [1.0]}
+        sizes = {config["image_size"]: "--image-size"}
+    else:
+        names = survey.class_names(Path(config["data"]), config["dataset"] == "deepglobe")
+        known, sizes = survey.survey(datasets, names, show_progress)
+        print(f"{len(known['classes'])} classes ({', '.join(known['classes'])}), {known['channels']} channels, "
+              + ", ".join(f"{len(data)} images for {split}" for split, data in datasets.items()))
+    return known | {"image_size": check_sizes(config, sizes, len(data))}
+
+
+def collate(pairs: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
+    """A batch. A batch of one is a view: an image that is mapped into memory is not read here."""
+    return [x[None] for x in pairs[0]] if len(pairs) == 1 else default_collate(pairs)
 
 
 # How it is trained
 
-def run_tiles(model, images: Tensor, masks: Tensor, tiling: Tiling, devices: list, measure) -> list:
-    """images (B,C,H,W), masks (B,H,W) -> measure(logits, mask) of every tile, computed on the tile's device."""
+def run_tiles(model, images: Tensor, tiling: Tiling, devices: list, finish) -> list:
+    """images (B,C,H,W) -> finish(i, logits) of every tile i, computed on the tile's device."""
     placement = [devices[i % len(devices)] for i in range(len(tiling))]  # tile i lives on cuda:(i mod gpus)
-    tiles, mask_tiles = tiling.split(images), tiling.split(masks, overlap=False, fill=IGNORE)
+    return model(tiling.split(images), tiling, placement, finish)
+
+
+def batch_loss(model, images: Tensor, masks: Tensor, tiling: Tiling, devices: list) -> Tensor:
+    """images (B,C,H,W), masks (B,H,W) -> the loss, on the first device."""
+    mask_tiles = tiling.split(masks, overlap=False, fill=IGNORE)
 
     def finish(i, logits):
-        return measure(logits, mask_tiles[i].to(placement[i], non_blocking=True))
+        return loss_sums(logits, mask_tiles[i].to(logits.device, non_blocking=True))
 
-    return model(tiles, tiling, placement, finish)
+    return dice_cross_entropy(sum(sums.to(devices[0]) for sums in run_tiles(model, images, tiling, devices, finish)))
 
 
-def train_epoch(model, loader, tiling: Tiling, devices: list, optimizer, schedule) -> float:
-    """One pass over the training images. Returns the mean loss."""
-    model.train()
-    total = 0
+def train_epoch(run: "Run", loader, devices: list, epoch: int) -> float:
+    """One pass over the training images. Returns the mean loss. Diverged: a loss is nan or infinite."""
+    run.model.train()
+    losses = []
     for step, (images, masks) in enumerate(loader, start=1):
-        sums = run_tiles(model, images, masks, tiling, devices, loss_sums)
-        loss = dice_cross_entropy(sum(s.to(devices[0]) for s in sums))
-        optimizer.zero_grad()
+        loss = batch_loss(run.model, images, masks, build_tiling(run.config, images.shape[-2:]), devices)
+        run.optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        total += loss.detach()
+        torch.nn.utils.clip_grad_norm_(run.model.parameters(), 1.0)
+        run.optimizer.step()
+        run.schedule.step()
+        losses.append(loss.detach())
+        if step % 50 == 0 or step == len(loader):  # seldom: to look at a loss is to wait for the GPUs
+            for done, value in enumerate(torch.stack(losses).tolist(), start=1):
+                if not math.isfinite(value):
+                    raise Diverged(f"the loss became {value} at step {done} of epoch {epoch}")
         show_progress(f"step {step} of {len(loader)}")
-    return total.item() / len(loader)
+    return torch.stack(losses).mean().item()
 
 
 @torch.no_grad()
-def evaluate(model, loader, tiling: Tiling, devices: list) -> dict:
+def evaluate(model, loader, config: dict, devices: list) -> dict:
     """Loss and IoU of a split, taken over all its pixels at once and not averaged over images."""
     model.eval()
-    sums, counts = 0, 0
+    sums, counts, classes = 0, 0, len(config["classes"])
     for images, masks in loader:
-        def measure(logits, mask):
-            return loss_sums(logits, mask), confusion(logits, mask)
+        tiling = build_tiling(config, images.shape[-2:])
+        mask_tiles = tiling.split(masks, overlap=False, fill=IGNORE)
 
-        for tile_sums, tile_counts in run_tiles(model, images, masks, tiling, devices, measure):
+        def measure(i, logits):
+            mask = mask_tiles[i].to(logits.device, non_blocking=True)
+            near = near_seam(tiling, i, logits.device)
+            return loss_sums(logits, mask), confusion(logits.argmax(dim=1), mask, near, classes)
+
+        for tile_sums, tile_counts in run_tiles(model, images, tiling, devices, measure):
             sums, counts = sums + tile_sums.to(devices[0]).double(), counts + tile_counts.to(devices[0])
-    scores = iou(counts)
-    return {"loss": dice_cross_entropy(sums).item(), "mean_iou": scores.nanmean().item(),
-            "iou": dict(zip(loader.dataset.classes, scores.tolist()))}
+    return {"loss": dice_cross_entropy(sums).item(), **scores(counts, config["classes"])}
 
 
 @torch.no_grad()
-def predict_some(model, dataset, tiling: Tiling, devices: list, count: int = 4) -> dict[str, Tensor]:
+def segment(model, images: Tensor, tiling: Tiling, devices: list, out: Tensor) -> Tensor:
+    """images (B,C,H,W) -> out (B,H,W) uint8 on the CPU, the class of each pixel, filled tile by tile."""
+    waiting = collections.deque()
+
+    def write(i, prediction):
+        top, bottom, left, right = tiling.boxes[i]
+        part = out[:, top:bottom, left:right]
+        part.copy_(prediction[:, :part.shape[1], :part.shape[2]])
+        show_progress(f"tile {i + 1} of {len(tiling)}")
+
+    def finish(i, logits):
+        waiting.append((i, logits.argmax(dim=1).byte()))
+        if len(waiting) > len(devices):  # to write is to wait for the device: first every one has something else to do
+            write(*waiting.popleft())
+
+    run_tiles(model.eval(), images, tiling, devices, finish)
+    for i, prediction in waiting:
+        write(i, prediction)
+    return out
+
+
+def predict_some(model, dataset, config: dict, devices: list, count: int = 4) -> dict[str, list[Tensor]]:
     """The first images of a data set, their masks, and the masks that the model predicts."""
-    images, masks = map(torch.stack, zip(*(dataset[i] for i in range(min(count, len(dataset))))))
-    tiles = run_tiles(model.eval(), images, masks, tiling, devices, lambda logits, _: logits.argmax(dim=1).cpu())
-    return {"image": images, "true mask": masks, "prediction": tiling.stitch(tiles)}
+    images, masks = zip(*(dataset[i] for i in range(min(count, len(dataset)))))
+    predictions = [segment(model, image[None], build_tiling(config, mask.shape), devices, torch.empty_like(mask)[None])[0]
+                   for image, mask in zip(images, masks)]
+    return {"image": images, "true mask": masks, "prediction": predictions}
 
 
-def train(config: dict, devices: list, out: Path) -> dict:
-    """Trains, writes the files of the run to the folder `out`, and returns what metrics.json holds."""
-    started = time.perf_counter()
-    torch.manual_seed(config["seed"])
-    datasets, tiling = build_datasets(config), build_tiling(config)
-    model = build_model(config).to(devices[0])
-    shuffled = torch.Generator().manual_seed(config["seed"])
-    loaders = {split: DataLoader(data, config["batch_size"], shuffle=split == "train", generator=shuffled,
-                                 pin_memory=devices[0].type == "cuda") for split, data in datasets.items()}
-    optimizer = torch.optim.Adam(model.parameters(), fused=True)
-    steps = len(loaders["train"])
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config["lr"], config["epochs"] * steps,
-                                                   anneal_strategy="linear")
+class Run:
+    """All that training changes: what last.pt holds, and what --resume needs to go on as if nothing had happened."""
 
-    rows, best = [], None
-    names = "".join(f"  IoU {name}" for name in config["classes"])
-    print(f"epoch  train loss  val loss{names}  mean IoU  seconds")
-    for epoch in range(1, config["epochs"] + 1):
-        begun, lr = time.perf_counter(), schedule.get_last_lr()[0]
-        loss = train_epoch(model, loaders["train"], tiling, devices, optimizer, schedule)
+    PARTS = "config", "rows", "best", "model", "optimizer", "schedule", "order", "random"
+
+    def __init__(self, config: dict, steps: int, device: torch.device):
+        torch.manual_seed(config["seed"])
+        self.config, self.rows, self.best = config, [], None
+        self.model = build_model(config).to(device)
+        self.optimizer = torch.optim.Adam(self.model.parameters(), fused=True)
+        self.schedule = torch.optim.lr_scheduler.OneCycleLR(
+            self.optimizer, config["lr"], max(config["epochs"], 1) * steps, anneal_strategy="linear")
+        self.order = torch.Generator().manual_seed(config["seed"])
+
+    def state(self) -> dict:
+        return {"config": self.config, "rows": self.rows, "best": self.best, "model": self.model.state_dict(),
+                "optimizer": self.optimizer.state_dict(), "schedule": self.schedule.state_dict(),
+                "order": self.order.get_state(), "random": [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]}
+
+    def restore(self, state: dict):
+        """Goes back to `state`. CheckpointError: it is that of another network, or of other images."""
+        steps = self.schedule.total_steps
+        try:
+            self.rows, self.best = state["rows"], state["best"]
+            for part in ("model", "optimizer", "schedule"):
+                getattr(self, part).load_state_dict(state[part])
+            self.order.set_state(state["order"])
+            torch.set_rng_state(state["random"][0])
+            for gpu, numbers in zip(range(torch.cuda.device_count()), state["random"][1:]):
+                torch.cuda.set_rng_state(numbers, gpu)
+        except (KeyError, IndexError, TypeError, ValueError, RuntimeError):
+            raise CheckpointError("last.pt: what it holds does not go together; train anew") from None
+        if self.schedule.total_steps != steps:
+            raise CheckpointError(f"the run had {self.schedule.total_steps} steps to make and would now have {steps}, so the "
+                                  "images have changed; put them back, or train anew")
+
+
+def train(config: dict, devices: list, out: Path, state: dict | None = None) -> dict:
+    """Trains, writes the files of the run to the folder `out`, and returns what metrics.json holds.
+    state: what last.pt held, to go on from there. Diverged: the loss is no number any more."""
+    started, datasets = time.perf_counter(), build_datasets(config)
+    steps = -(-len(datasets["train"]) // config["batch_size"])
+    run = Run(config, steps, devices[0])
+    one_by_one = config["dataset"] != "synthetic"  # images to evaluate may have several sizes
+    loaders = {split: DataLoader(data, 1 if one_by_one and split != "train" else config["batch_size"],
+                                 shuffle=split == "train", generator=run.order, collate_fn=collate,
+                                 pin_memory=devices[0].type == "cuda" and config["batch_size"] > 1)
+               for split, data in datasets.items()}
+    if state is None:
+        checkpoints.save(out / "last.pt", run.state())
+    else:
+        run.restore(state)
+
+    print(f"epoch  train loss  val loss{''.join(f'  IoU {name}' for name in config['classes'])}  mean IoU  seconds")
+    for epoch in range(len(run.rows) + 1, config["epochs"] + 1):
+        begun, lr = time.perf_counter(), run.schedule.get_last_lr()[0]
+        loss = train_epoch(run, loaders["train"], devices, epoch)
         trained = time.perf_counter()
-        val = evaluate(model, loaders["val"], tiling, devices)
-        if best is None or val["mean_iou"] > best["mean_iou"]:
-            best = val
-            save_checkpoint(out / "best.pt", config, model)
-        save_checkpoint(out / "last.pt", config, model)
-        rows.append({"epoch": epoch, "train_loss": loss, "val_loss": val["loss"],
-                     **{f"val_iou_{name}": score for name, score in val["iou"].items()},
-                     "val_mean_iou": val["mean_iou"], "learning_rate": lr,
-                     "train_seconds": trained - begun, "seconds": time.perf_counter() - begun})
-        write_log(out / "log.csv", rows)
+        val = evaluate(run.model, loaders["val"], config, devices)
+        if not math.isfinite(val["loss"]):
+            raise Diverged(f"the loss became {val['loss']} after step {steps} of epoch {epoch}")
+        if run.best is None or val["mean_iou"] > run.best["mean_iou"]:
+            run.best = val
+            checkpoints.save(out / "best.pt", {"config": config, "model": run.model.state_dict()})
+        run.rows.append({"epoch": epoch, "train_loss": loss, "val_loss": val["loss"],
+                         **{f"val_iou_{name}": score for name, score in val["iou"].items()},
+                         "val_mean_iou": val["mean_iou"], "learning_rate": lr,
+                         "train_seconds": trained - begun, "seconds": time.perf_counter() - begun})
+        checkpoints.save(out / "last.pt", run.state())
         show_progress("")
         print(f"{epoch:5}  {loss:10.4f}  {val['loss']:8.4f}"
               + "".join(f"  {score:{len(name) + 4}.4f}" for name, score in val["iou"].items())
-              + f"  {val['mean_iou']:8.4f}  {rows[-1]['seconds']:7.1f}", flush=True)
+              + f"  {val['mean_iou']:8.4f}  {run.rows[-1]['seconds']:7.1f}", flush=True)
+        checkpoints.write_log(out / "log.csv", run.rows)
 
-    model = load_model(out / "best.pt").to(devices[0])
-    test = evaluate(model, loaders["test"], tiling, devices)
-    with whole_file(out / "curves.png") as unfinished:
-        plots.draw_curves(unfinished, rows, config["classes"], config["colors"])
-    with whole_file(out / "predictions.png") as unfinished:
-        plots.draw_predictions(unfinished, predict_some(model, datasets["test"], tiling, devices), tiling.boxes,
-                               config["classes"], config["colors"])
+    if not config["epochs"]:  # the network as it was drawn
+        run.best = evaluate(run.model, loaders["val"], config, devices)
+        checkpoints.save(out / "best.pt", {"config": config, "model": run.model.state_dict()})
+    model = load_model(out / "best.pt")[0].to(devices[0])
+    test = evaluate(model, loaders["test"], config, devices)
+    if run.rows:
+        checkpoints.write_log(out / "log.csv", run.rows)  # that of a run that was stopped just before it wrote it
+        with checkpoints.whole_file(out / "curves.png") as unfinished:
+            plots.draw_curves(unfinished, run.rows, config["classes"], config["colors"])
+    with checkpoints.whole_file(out / "predictions.png") as unfinished:
+        some = predict_some(model, datasets["test"], config, devices)
+        tilings = [build_tiling(config, mask.shape) for mask in some["true mask"]]
+        plots.draw_predictions(unfinished, some, [tiling.boxes for tiling in tilings], config["classes"], config["colors"])
     metrics = {"config": config, "parameters": sum(weight.numel() for weight in model.parameters()),
                "seconds": time.perf_counter() - started,
-               "seconds_per_step": statistics.median(row["train_seconds"] for row in rows) / steps,
-               "peak_mib": peak_mib(devices), "val": best, "test": test}
-    metrics = json.loads(json.dumps(metrics), parse_constant=lambda _: None)  # JSON has no nan
-    with whole_file(out / "metrics.json") as unfinished:
-        unfinished.write_text(json.dumps(metrics, indent=2) + "\n")
+               "seconds_per_step": statistics.median([row["train_seconds"] for row in run.rows] or [math.nan]) / steps,
+               "peak_mib": peak_mib(devices), "val": run.best, "test": test}
+    checkpoints.write_json(out / "metrics.json", metrics)
     return metrics
-
-
-# What is written
-
-@contextmanager
-def whole_file(path: Path):
-    """A path to write to. Only when the block ends well does it take the place of what stood at `path`."""
-    unfinished = path.with_stem(path.stem + ".unfinished")
-    yield unfinished
-    os.replace(unfinished, path)
-
-
-def save_checkpoint(path: Path, config: dict, model):
-    with whole_file(path) as unfinished:
-        torch.save({"config": config, "model": model.state_dict()}, unfinished)
-
-
-def load_model(path: Path) -> DecomposedUNet:
-    """The network of a checkpoint, on the CPU and in evaluation mode."""
-    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    model = build_model(checkpoint["config"])
-    model.load_state_dict(checkpoint["model"])
-    return model.eval()
-
-
-def write_log(path: Path, rows: list[dict]):
-    with whole_file(path) as unfinished, open(unfinished, "w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
 
 
 def peak_mib(devices: list) -> dict[str, float]:
@@ -243,38 +313,43 @@ def show_progress(text: str):
 
 # The command
 
-def find_devices(config: dict) -> list[torch.device]:
+def find_devices(gpus: int, tiles: str) -> list[torch.device]:
     """The GPUs asked for as far as they exist, else the CPU. Says in one line where the tiles are computed."""
-    found = min(config["gpus"], torch.cuda.device_count())
+    found = min(gpus, torch.cuda.device_count())
     devices = [torch.device("cuda", i) for i in range(found)] or [torch.device("cpu")]
-    rows, columns = config["grid"]
-    short = f" ({config['gpus']} GPUs asked for, {found} found)" if found < config["gpus"] else ""
-    print(f"{rows}x{columns} tiles on {', '.join(map(str, devices))}{short}")
+    short = f" ({gpus} GPUs asked for, {found} found)" if found < gpus else ""
+    print(f"{tiles} on {', '.join(map(str, devices))}{short}")
     return devices
 
 
 def main(arguments: list[str] | None = None):
     parser = make_parser("Train a domain-decomposed U-Net. Without a GPU, every tile is computed on the CPU.")
-    config = parse(arguments, parser)
+    parser.add_argument("--resume", type=Path, metavar="RUN", help="folder of a run to go on with after its last "
+                        "completed epoch, with its options; no other option goes with it")
+    config, state = parse(arguments, parser), None
     try:
-        data = build_datasets(config)["train"]
-    except ValueError as error:
-        parser.error(f"--image-size: {error}")
-    config |= {"channels": data.channels, "classes": data.classes, "colors": data.colors}
-    out = Path(config["out"])
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        parser.error(f"--out {out}: {error.strerror}; name a folder that can be made")
-    devices = find_devices(config)
-    try:
-        metrics = train(config, devices, out)
+        if config["resume"]:
+            out = config["resume"]
+            state, (_, config) = checkpoints.load(out / "last.pt", Run.PARTS), load_model(out / "last.pt")
+            print(f"{out}: {len(state['rows'])} of {config['epochs']} epochs are done")
+        else:
+            out = Path(config["out"])
+            config |= describe(config)
+            out.mkdir(parents=True, exist_ok=True)
+        rows, columns = config["grid"]
+        devices = find_devices(config["gpus"], f"{rows}x{columns} tiles")
+        metrics = train(config, devices, out, state)
     except KeyboardInterrupt:
-        sys.exit(f"\nstopped; {out} holds what the last completed epoch left")
+        parser.exit(130, f"\nstopped; go on with: python train.py --resume {out}\n")
+    except Diverged as error:
+        parser.error(f"{error}: the likely cause is --lr {config['lr']}, take a smaller one. {out} holds the last epoch "
+                     "that went well")
+    except (DataError, CheckpointError, OSError) as error:
+        parser.error(str(error))
     print(f"\ntest IoU of the best epoch, in {metrics['seconds']:.0f} seconds:")
     for name, score in [*metrics["test"]["iou"].items(), ("mean", metrics["test"]["mean_iou"])]:
         print(f"  {name:12} {score:.4f}")
-    print(f"See {out}: predictions.png, curves.png, metrics.json, log.csv, best.pt, last.pt")
+    print(f"See {out}: {', '.join(sorted(path.name for path in out.iterdir()))}")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ the last line of the output is JSON.
 """
 
 import argparse
-import csv
 import json
 import statistics
 import time
@@ -21,6 +20,7 @@ import matplotlib.pyplot as plt
 import torch
 from torch.utils._pytree import tree_leaves
 
+import checkpoints
 import options
 import plots
 import train
@@ -37,16 +37,16 @@ class Contestant:
         torch.manual_seed(0)
         k = 0 if grid == (1, 1) else min(32, width * 2**depth)
         self.model = train.build_model({"channels": 1, "classes": "abc", "width": width, "depth": depth, "dropout": 0.1,
-                                        "comm_channels": k, "dilations": [1, 1, 1], "recompute": recompute}).to(device)
+                                        "comm_channels": k, "dilations": [1, 1, 1], "recompute": recompute,
+                                        "mean": [0.0], "std": [1.0]}).to(device)
         self.optimizer = torch.optim.Adam(self.model.parameters(), fused=True)
         self.tiling, self.device = Tiling((size, size), grid, 2**depth), device
         self.image = torch.rand(1, 1, size, size)
         self.mask = torch.randint(0, 3, (1, size, size), dtype=torch.uint8)
 
     def step(self):
-        sums = train.run_tiles(self.model, self.image, self.mask, self.tiling, [self.device], train.loss_sums)
         self.optimizer.zero_grad()
-        train.dice_cross_entropy(sum(sums)).backward()
+        train.batch_loss(self.model, self.image, self.mask, self.tiling, [self.device]).backward()
         self.optimizer.step()
 
     def seconds(self) -> float:
@@ -127,10 +127,7 @@ def main(arguments: list[str] | None = None):
         for row in rows[-len(CONTESTANTS):]:
             print(f"{size}x{size}  {row['model']:22} {row['seconds']:8.3f} s ({row['time_ratio']:.2f}x)  "
                   f"{row['peak_mib']:8.1f} MiB ({row['memory_ratio']:.3f}x)", flush=True)
-        with train.whole_file(folder / "benchmark.csv") as unfinished, open(unfinished, "w", newline="") as file:
-            writer = csv.DictWriter(file, rows[0])
-            writer.writeheader()
-            writer.writerows(rows)
+        checkpoints.write_log(folder / "benchmark.csv", rows)
         draw(rows, folder / "benchmark.png")
     print(json.dumps({"device": str(device), "threads": torch.get_num_threads(), "torch": torch.__version__,
                       "rows": rows}))

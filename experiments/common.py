@@ -1,13 +1,20 @@
-"""What the experiments share: a training run that is not repeated, a table, a folder for pictures."""
+"""What the experiments share: runs and results that are not made twice, tables, a folder for pictures."""
 
+import csv
 import json
 import shutil
 import statistics
 from pathlib import Path
+from unittest import mock
+
+import torch
+from torch import nn
 
 import train
+from comm_net import CommNet
 
 HERE = Path(__file__).parent
+CPU_OR_GPUS = [torch.device("cuda", i) for i in range(torch.cuda.device_count())] or [torch.device("cpu")]
 QUICK = "--train-images 32 --epochs 1 --width 2 --comm-channels 4".split()  # options of a run that takes seconds
 MODELS = {  # the three-way comparison: options of train.py
     "with communication": [],
@@ -16,15 +23,60 @@ MODELS = {  # the three-way comparison: options of train.py
 }
 
 
-def trained(out: Path, options: list[str]) -> dict:
-    """The metrics of the run in the folder `out`. It is trained now, unless it has been trained before."""
+def trained(out: Path, options: list[str], comm_net: type[nn.Module] = CommNet) -> dict:
+    """The metrics of the run in the folder `out`. It is trained now, unless it has been trained before; an interrupted
+    run goes on. comm_net: another communication network than that of comm_net.py."""
     if not (out / "metrics.json").exists():
-        shutil.rmtree(out, ignore_errors=True)  # what an interrupted run left
-        print(f"\n{out}: python train.py {' '.join(options)}")
-        train.main([*options, "--out", str(out)])
+        resume = (out / "last.pt").exists()
+        if not resume:
+            shutil.rmtree(out, ignore_errors=True)
+        print(f"\n{out}: python train.py {' '.join(options)}", flush=True)
+        with mock.patch("train.CommNet", comm_net):
+            train.main(["--resume", str(out)] if resume else [*options, "--out", str(out)])
     return json.loads((out / "metrics.json").read_text())
+
+
+def load(out: Path, comm_net: type[nn.Module] = CommNet) -> tuple[nn.Module, dict]:
+    """The network of a run on the first device, and its configuration."""
+    with mock.patch("train.CommNet", comm_net):
+        model, config = train.load_model(out / "best.pt")
+    return model.to(CPU_OR_GPUS[0]), config
+
+
+def read(path: Path) -> list[dict]:
+    """The rows of a CSV file, numbers as numbers; none if there is no file."""
+    if not path.exists():
+        return []
+    with open(path, newline="") as file:
+        return [{name: number(text) for name, text in row.items()} for row in csv.DictReader(file)]
+
+
+def number(text: str):
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def append(path: Path, rows: list[dict]):
+    """Adds rows to a CSV file, so that an interrupted experiment goes on where it was."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = not path.exists()
+    with open(path, "a", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        if new:
+            writer.writeheader()
+        writer.writerows(rows)
 
 
 def mean_and_spread(values: list[float]) -> str:
     """`mean (smallest to largest)` of a few runs."""
     return f"{statistics.mean(values):.3f} ({min(values):.3f} to {max(values):.3f})"
+
+
+def save_table(path: Path, header: list[str], rows: list[list]):
+    """A table in Markdown, written to a file and printed."""
+    lines = ["| " + " | ".join(map(str, row)) + " |" for row in [header, *rows]]
+    lines.insert(1, "|---" * len(header) + "|")
+    path.write_text("\n".join(lines) + "\n")
+    print("\n" + "\n".join(lines))

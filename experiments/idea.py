@@ -17,6 +17,7 @@ import plots
 import train
 from decompose import Tiling
 from experiments.common import HERE
+from options import build_tiling
 
 GAP = 3  # white pixels between tiles that are apart
 
@@ -74,12 +75,11 @@ def draw_idea(path: Path, model, image, tiling: Tiling, colors: list):
 
 
 def main(run: str):
-    checkpoint = torch.load(Path(run) / "best.pt", weights_only=True)
-    config = checkpoint["config"]
-    tiling, data = train.build_tiling(config), train.build_datasets(config)["test"]
-    image, mask = data[3]
-    draw_problem(HERE / "problem.png", image, mask, tiling, data.colors)
-    draw_idea(HERE / "idea.png", train.load_model(Path(run) / "best.pt"), image, tiling, data.colors)
+    model, config = train.load_model(Path(run) / "best.pt")
+    image, mask = train.build_datasets(config)["test"][3]
+    tiling = build_tiling(config, mask.shape)
+    draw_problem(HERE / "problem.png", image, mask, tiling, config["colors"])
+    draw_idea(HERE / "idea.png", model, image, tiling, config["colors"])
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import torch
 import plots
 import train
 from experiments.common import MODELS, QUICK, mean_and_spread, trained
+from options import build_tiling
 
 
 def main(arguments: list[str]):
@@ -24,26 +25,26 @@ def main(arguments: list[str]):
     folder = Path("runs/qualitative-quick" if quick else "runs/qualitative")
 
     table, columns, boxes = [], {}, None
-    for model, flags in MODELS.items():
-        runs = {seed: folder / f"{model.split()[0]}-seed{seed}" for seed in seeds}
+    for name, flags in MODELS.items():
+        runs = {seed: folder / f"{name.split()[0]}-seed{seed}" for seed in seeds}
         metrics = [trained(out, [*options, *flags, "--seed", str(seed)]) for seed, out in runs.items()]
-        scores = [mean_and_spread([run["test"]["iou"][name] for run in metrics]) for name in metrics[0]["test"]["iou"]]
+        scores = [mean_and_spread([run["test"]["iou"][label] for run in metrics]) for label in metrics[0]["test"]["iou"]]
         mean = mean_and_spread([run["test"]["mean_iou"] for run in metrics])
-        table.append(f"| {model} | {' | '.join(scores)} | {mean} | {metrics[0]['parameters']:,} |")
+        table.append(f"| {name} | {' | '.join(scores)} | {mean} | {metrics[0]['parameters']:,} |")
 
         checkpoint = runs[seeds[0]] / "best.pt"
-        config = torch.load(checkpoint, weights_only=True)["config"]
-        tiling, data = train.build_tiling(config), train.build_datasets(config)["test"]
-        pictures = train.predict_some(train.load_model(checkpoint), data, tiling, [torch.device("cpu")])
+        model, config = train.load_model(checkpoint)
+        data = train.build_datasets(config)["test"]
+        pictures = train.predict_some(model, data, config, [torch.device("cpu")])
         columns["image"], columns["true mask"] = pictures["image"], pictures["true mask"]
-        columns[model.replace(" ", "\n", 1)] = pictures["prediction"]
-        boxes = boxes or tiling.boxes  # the tiles of the first model, drawn for all
+        columns[name.replace(" ", "\n", 1)] = pictures["prediction"]
+        boxes = boxes or [build_tiling(config, mask.shape).boxes for mask in pictures["true mask"]]  # of the first model
 
-    names = " | ".join(f"IoU {name}" for name in metrics[0]["test"]["iou"])
+    names = " | ".join(f"IoU {label}" for label in metrics[0]["test"]["iou"])
     lines = [f"| model | {names} | mean IoU | parameters |", "|---" * (names.count("|") + 4) + "|", *table]
     (folder / "table.md").write_text("\n".join(lines) + "\n")
     print("\n" + "\n".join(lines))
-    plots.draw_predictions(folder / "qualitative.png", columns, boxes, data.classes, data.colors)
+    plots.draw_predictions(folder / "qualitative.png", columns, boxes, config["classes"], config["colors"])
 
 
 if __name__ == "__main__":

@@ -13,7 +13,8 @@ from synthetic import LinesAndCircles
 CPU = torch.device("cpu")
 B, L, K, WIDTH, DEPTH = 3, 3, 8, 4, 2
 CONFIG = {"channels": 1, "classes": LinesAndCircles.classes, "width": WIDTH, "depth": DEPTH, "dropout": 0.0,
-          "comm_channels": K, "dilations": [1, 2], "recompute": False}
+          "comm_channels": K, "dilations": [1, 2], "recompute": False,
+          "mean": [0.5], "std": [2.0]}
 
 
 def one_step(grid, devices):
@@ -21,8 +22,7 @@ def one_step(grid, devices):
     torch.manual_seed(0)
     model = train.build_model(CONFIG).double().to(devices[0])
     images, masks = map(torch.stack, zip(*LinesAndCircles(B)))
-    sums = train.run_tiles(model, images.double(), masks, Tiling((64, 64), grid, 2**DEPTH), devices, train.loss_sums)
-    loss = train.dice_cross_entropy(sum(s.to(devices[0]) for s in sums))
+    loss = train.batch_loss(model, images.double(), masks, Tiling((64, 64), grid, 2**DEPTH), devices)
     loss.backward()
     return loss.detach().cpu(), [w.grad.cpu() for w in model.parameters()], [b.cpu() for b in model.buffers()], model
 
@@ -64,6 +64,6 @@ def test_nothing_of_image_size_crosses_between_devices():
     buffers = Counter(tuple(b.shape) for half in (model.encoder, model.decoder) for b in half.buffers())
     coarse = Counter([(B, K, 64 >> DEPTH, 32 >> DEPTH)])  # there and back: the map, and its gradient
     tile = Counter([(B, 1, 64, 32), (B, 64, 32)])  # image and mask
-    sums = Counter([(2 * L + 2,)])
-    assert there == weights + buffers + coarse + coarse + tile + sums
+    sums, mean_and_std = Counter([(2 * L + 2,)]), Counter([(2, 1)])
+    assert there == weights + buffers + coarse + coarse + tile + sums + mean_and_std
     assert back == weights + buffers + coarse + coarse + sums

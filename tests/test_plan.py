@@ -25,7 +25,8 @@ def test_live_memory_counts_storages_until_they_are_freed():
 
 
 def configuration(options: str) -> dict:
-    return parse([*SMALL.split(), *options.split()], make_parser("")) | {"gpus": 0, "channels": 1, "classes": "abc"}
+    return parse([*SMALL.split(), *options.split()], make_parser("")) | {
+        "gpus": 0, "channels": 1, "classes": "abc", "mean": [0.0], "std": [1.0]}
 
 
 def real_step(config: dict) -> int:
@@ -36,8 +37,7 @@ def real_step(config: dict) -> int:
     masks = torch.zeros(1, *config["image_size"], dtype=torch.uint8)
 
     def step():
-        sums = train.run_tiles(model, images, masks, build_tiling(config), [torch.device("cpu")], train.loss_sums)
-        train.dice_cross_entropy(sum(sums)).backward()
+        train.batch_loss(model, images, masks, build_tiling(config, config["image_size"]), [torch.device("cpu")]).backward()
         optimizer.step()
         optimizer.zero_grad()
 

@@ -31,8 +31,8 @@ def test_every_training_command_runs(command, tmp_path):
     assert (tmp_path / "run/metrics.json").exists()
 
 
-@pytest.mark.parametrize("command", [line for line in COMMANDS if line.startswith(("python -m experiments", "python plan"))])
-def test_every_other_command_is_understood(command, tmp_path):
+@pytest.mark.parametrize("command", [line for line in COMMANDS if "python -m experiments" in line or "python plan" in line])
+def test_every_other_command_is_understood(command):
     result = subprocess.run([sys.executable, *shlex.split(command)[1:], "--help"], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0 and "usage:" in result.stdout, result.stderr
     unknown = set(re.findall(r"--[a-z-]+", command)) - set(re.findall(r"--[a-z-]+", result.stdout))

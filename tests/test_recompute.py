@@ -8,15 +8,14 @@ from decompose import DecomposedUNet, Tiling
 
 CPU = torch.device("cpu")
 CONFIG = {"channels": 1, "classes": "abc", "width": 4, "depth": 2, "dropout": 0.0, "comm_channels": 8,
-          "dilations": [1, 1, 1], "recompute": False}
+          "dilations": [1, 1, 1], "recompute": False, "mean": [0.5], "std": [2.0]}
 
 
 def one_step(size, tiling, **changes):
     torch.manual_seed(0)
     model = train.build_model(CONFIG | changes).double()
     images, masks = torch.randn(2, 1, *size).double(), torch.randint(0, 3, (2, *size), dtype=torch.uint8)
-    sums = train.run_tiles(model, images, masks, tiling, [CPU], train.loss_sums)
-    loss = train.dice_cross_entropy(sum(sums))
+    loss = train.batch_loss(model, images, masks, tiling, [CPU])
     loss.backward()
     return loss, [weight.grad for weight in model.parameters()], list(model.buffers())
 

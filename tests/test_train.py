@@ -3,79 +3,14 @@ import json
 
 import pytest
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
+import checkpoints
 import options
 import train
-from decompose import Tiling
 from unet import UNet
 
 CPU = torch.device("cpu")
 SMALL = "--width 2 --depth 2 --comm-channels 4 --train-images 8 --epochs 2 --batch-size 4".split()
-
-
-# Loss and IoU
-
-def loss_by_hand(logits: Tensor, mask: Tensor) -> Tensor:
-    """The same definition from other functions: PyTorch's cross-entropy, and Dice class by class."""
-    p, known = logits.softmax(dim=1), mask != train.IGNORE
-    dice = []
-    for label in range(logits.shape[1]):
-        predicted, true = p[:, label][known], (mask[known] == label).to(p.dtype)
-        dice.append((2 * (predicted * true).sum() + 1) / (predicted.sum() + true.sum() + 1))
-    return 1 - sum(dice) / len(dice) + F.cross_entropy(logits, mask.long(), ignore_index=train.IGNORE)
-
-
-def case(name: str):
-    logits, mask = torch.randn(2, 4, 20, 28), torch.randint(0, 4, (2, 20, 28), dtype=torch.uint8)
-    if name == "absent class":
-        mask[mask == 3] = 0
-    if name == "ignored pixels":
-        mask[:, 3:9, 5:20] = train.IGNORE
-    if name == "empty tile":
-        mask[:, :10, :14] = train.IGNORE
-    return logits.requires_grad_(), mask
-
-
-@pytest.mark.parametrize("name", ["plain", "absent class", "ignored pixels", "empty tile"])
-def test_loss_and_iou_of_the_tiles_are_those_of_the_stitched_mask(name):
-    logits, mask = case(name)
-    tiling = Tiling((20, 28), (2, 2), 4)
-    tiles = list(zip(tiling.split(logits), tiling.split(mask, fill=train.IGNORE)))
-    loss = train.dice_cross_entropy(sum(train.loss_sums(*tile) for tile in tiles))
-    expected = loss_by_hand(logits, mask)
-    torch.testing.assert_close(loss, expected)
-    torch.testing.assert_close(torch.autograd.grad(loss, logits)[0], torch.autograd.grad(expected, logits)[0])
-
-    scores = train.iou(sum(train.confusion(*tile) for tile in tiles))
-    predicted, known = logits.argmax(dim=1), mask != train.IGNORE
-    for label, score in enumerate(scores):
-        both = ((predicted == label) & (mask == label) & known).sum()
-        either = (((predicted == label) | (mask == label)) & known).sum()
-        torch.testing.assert_close(score, both.double() / either)
-
-
-def test_a_class_neither_true_nor_predicted_has_no_iou():
-    logits = torch.zeros(1, 3, 4, 4)
-    logits[:, 0] = 1
-    scores = train.iou(train.confusion(logits, torch.zeros(1, 4, 4, dtype=torch.uint8)))
-    assert scores[0] == 1 and scores[1:].isnan().all()
-
-
-def test_a_batch_without_a_known_pixel_has_a_finite_loss():
-    mask = torch.full((1, 4, 4), train.IGNORE, dtype=torch.uint8)
-    loss = train.dice_cross_entropy(train.loss_sums(torch.randn(1, 3, 4, 4), mask))
-    assert loss == 0
-
-
-def test_padding_and_overlap_count_no_pixel_twice():
-    tiling = Tiling((22, 26), (2, 2), 4, overlap=4)
-    model = train.build_model({"channels": 1, "classes": "ab", "width": 2, "depth": 2, "dropout": 0, "comm_channels": 0,
-                               "dilations": [1, 1, 1], "recompute": False})
-    images, masks = torch.randn(1, 1, 22, 26), torch.zeros(1, 22, 26, dtype=torch.uint8)
-    counts = sum(train.run_tiles(model, images, masks, tiling, [CPU], train.confusion))
-    assert counts.sum() == 22 * 26
 
 
 # Runs
@@ -100,12 +35,12 @@ def test_a_run_leaves_its_files_and_they_say_the_same(tmp_path, capsys):
     said = capsys.readouterr().out
     assert "2x2 tiles on" in said and "test IoU" in said and f"{metrics['test']['iou']['circle']:.4f}" in said
 
-    config = options.parse([*SMALL, "--out", str(tmp_path / "new")], options.make_parser(""))
+    model, config = train.load_model(out / "best.pt")
     data = torch.utils.data.DataLoader(train.build_datasets(config)["test"], 4)
-    again = train.evaluate(train.load_model(out / "best.pt"), data, train.build_tiling(config), [CPU])
+    again = train.evaluate(model, data, config, [CPU])
     if not torch.cuda.is_available():
         assert again == metrics["test"]
-    assert metrics["parameters"] == sum(weight.numel() for weight in train.load_model(out / "last.pt").parameters())
+    assert metrics["parameters"] == sum(weight.numel() for weight in train.load_model(out / "last.pt")[0].parameters())
 
 
 def test_the_same_seed_gives_the_same_numbers_and_another_seed_others(tmp_path):
@@ -116,7 +51,7 @@ def test_the_same_seed_gives_the_same_numbers_and_another_seed_others(tmp_path):
 
 def test_the_plain_unet_is_a_flag_away(tmp_path):
     run("--grid", "1x1", "--comm-channels", 0, "--out", tmp_path / "plain")
-    UNet(1, 3, 2, 2).load_state_dict(train.load_model(tmp_path / "plain/best.pt").state_dict())
+    UNet(1, 3, 2, 2).load_state_dict(train.load_model(tmp_path / "plain/best.pt")[0].state_dict())
 
 
 def line_iou(out, *options) -> float:
@@ -169,7 +104,7 @@ def test_a_folder_that_holds_something_is_not_written_to(tmp_path, capsys):
 def test_a_file_appears_whole_or_not_at_all(tmp_path):
     path = tmp_path / "best.pt"
     path.write_text("old")
-    with pytest.raises(KeyboardInterrupt), train.whole_file(path) as unfinished:
+    with pytest.raises(KeyboardInterrupt), checkpoints.whole_file(path) as unfinished:
         unfinished.write_text("half")
         raise KeyboardInterrupt
     assert path.read_text() == "old"

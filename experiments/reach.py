@@ -1,0 +1,138 @@
+"""How far does it see? The line between two discs against their distance in tiles, for networks of several reaches.
+
+    OMP_NUM_THREADS=1 python -m experiments.reach --rows 8 --seeds 0 1 2          # 100 minutes of one core
+    OMP_NUM_THREADS=1 python -m experiments.reach --rows 16 --seeds 0 1 2         # 80 minutes of one core
+    python -m experiments.reach --quick                                           # seconds
+
+The images are one row of 8 or 16 tiles of 32x32 pixels; the discs lie in any two tiles of the row. Every model is trained
+on 2000 of them for 12 epochs. Then the line IoU of 2000 other images is taken, all together and by distance.
+Results are added to runs/reach/reach.csv as they come, what is there already is not made again, and two processes with
+different --seeds may run side by side. Writes reach.md and reach.png beside it.
+"""
+
+import argparse
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+from torch.utils.data import DataLoader, Subset
+
+import plots
+import train
+from comm_net import CommNet
+from experiments.common import CPU_OR_GPUS, append, load, mean_and_spread, read, save_table, trained
+from options import Parser, number
+from synthetic import LinesAndCircles
+
+
+class Added(CommNet):
+    """Adds what it has to say to the channels it was given, instead of replacing them."""
+
+    def forward(self, coarse_map):
+        return coarse_map + super().forward(coarse_map)
+
+
+def plain(width: int, depth: int) -> list[str]:
+    return f"--grid 1x1 --comm-channels 0 --width {width} --depth {depth}".split()
+
+
+def dilated(k: int, *dilations: int) -> list[str]:
+    return ["--comm-channels", str(k), "--dilations", *map(str, dilations)]
+
+
+MODELS = {  # tiles in a row: name: (options of train.py, communication network)
+    8: {"3 convolutions, K 32 (the paper's)": ([], CommNet),
+        "dilations 1 2 4, K 32": (dilated(32, 1, 2, 4), CommNet),
+        "dilations 1 2 4, K 16": (dilated(16, 1, 2, 4), CommNet),
+        "dilations 1 2 4 8, K 27": (dilated(27, 1, 2, 4, 8), CommNet),
+        "the same, added": (dilated(27, 1, 2, 4, 8), Added),
+        "plain U-Net": (plain(8, 3), CommNet),
+        "plain U-Net, wider": (plain(10, 3), CommNet),
+        "plain U-Net, depth 4": (plain(8, 4), CommNet),
+        "plain U-Net, depth 5": (plain(8, 5), CommNet)},
+    16: {"3 convolutions, K 32 (the paper's)": ([], CommNet),
+         "dilations 1 2 4 8 16, K 24": (dilated(24, 1, 2, 4, 8, 16), CommNet),
+         "plain U-Net, depth 5": (plain(8, 5), CommNet)},
+}
+TRAINING = "--train-images 2000 --epochs 12 --lr 0.005".split()
+TESTED = 2000  # images
+
+
+def by_distance(model, config: dict, images: int) -> dict[int, float]:
+    """Line IoU of images that were not seen in training, by the distance of the discs in tiles; 0 stands for all."""
+    rows, columns = 1, config["image_size"][1] // 32
+    data = LinesAndCircles(images, config["image_size"], (rows, columns), "test", config["seed"])
+    distance = []
+    for i in range(images):
+        (_, first), (_, second) = data.draw_tiles(np.random.default_rng((*data.key, i)))
+        distance.append(abs(first - second))
+    scores = {}
+    for asked in range(columns):
+        chosen = Subset(data, [i for i in range(images) if asked in (0, distance[i])])
+        if len(chosen):
+            scores[asked] = train.evaluate(model, DataLoader(chosen, 16), config, CPU_OR_GPUS)["iou"]["line"]
+    return scores
+
+
+def draw(path: Path, results: list[dict]):
+    """Line IoU against distance, a panel for each length of row; the reach of each network as a dotted line."""
+    lengths = sorted({row["tiles"] for row in results})
+    figure, panels = plt.subplots(1, len(lengths), figsize=(6.4 * len(lengths), 4.4), squeeze=False, sharey=True,
+                                  layout="constrained")
+    for axes, length in zip(panels[0], lengths):
+        for i, name in enumerate(MODELS[length]):
+            mine = [row for row in results if row["tiles"] == length and row["model"] == name and row["distance"]]
+            distances = sorted({row["distance"] for row in mine})
+            scores = [[row["line_iou"] for row in mine if row["distance"] == distance] for distance in distances]
+            style = "--" if name.startswith("plain") else "-"
+            axes.plot(distances, [sum(s) / len(s) for s in scores], f"o{style}", color=f"C{i}", label=name)
+            axes.fill_between(distances, [min(s) for s in scores], [max(s) for s in scores], color=f"C{i}", alpha=0.15)
+            if mine and mine[0]["reach"]:
+                axes.axvline(mine[0]["reach"] * 8 / 32, color=f"C{i}", linestyle=":")  # a cell is 8 pixels wide
+        axes.set(xlabel="distance of the discs, in tiles (dotted: how far the network hears)", ylim=(0, 1),
+                 title=f"1x{length:.0f} tiles of 32x32 pixels")
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+    panels[0][0].set_ylabel("line IoU")
+    plots.save(figure, path)
+
+
+def main(arguments: list[str] | None = None):
+    parser = Parser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--rows", type=int, nargs="+", choices=MODELS, default=list(MODELS), help="tiles in a row")
+    parser.add_argument("--seeds", type=number(0), nargs="+", default=[0, 1, 2], help="of weights and images")
+    parser.add_argument("--quick", action="store_true", help="a smoke run")
+    asked = parser.parse_args(arguments)
+    folder, training, tested = Path("runs/reach"), TRAINING, TESTED
+    if asked.quick:
+        folder, training, tested = Path("runs/reach-quick"), "--train-images 8 --epochs 1 --batch-size 4".split(), 8
+        asked.rows, asked.seeds = [8], [0]
+
+    results = folder / "reach.csv"
+    for length in asked.rows:
+        for seed in asked.seeds:
+            for name, (options, comm_net) in MODELS[length].items():
+                if any((row["tiles"], row["seed"], row["model"]) == (length, seed, name) for row in read(results)):
+                    continue
+                out = folder / f"1x{length}-{name.replace(' ', '-')}-seed{seed}".replace(",", "").replace("'", "")
+                image = ["--grid", f"1x{length}", "--image-size", f"32x{32 * length}", "--seed", str(seed)]
+                metrics = trained(out, [*image, *training, *options], comm_net)
+                model, config = load(out, comm_net)
+                reach = model.comm_net.reach(depth=0) if model.comm_net else 0
+                append(results, [{"tiles": length, "model": name, "seed": seed, "parameters": metrics["parameters"],
+                                  "reach": reach, "distance": distance, "line_iou": score}
+                                 for distance, score in by_distance(model, config, tested).items()])
+
+    table = []
+    for length, models in MODELS.items():
+        for name in models:
+            mine = [row for row in read(results) if (row["tiles"], row["model"], row["distance"]) == (length, name, 0)]
+            if mine:
+                table.append([f"1x{length}", name, f"{mine[0]['reach']:.0f}" if mine[0]["reach"] else "-",
+                              f"{mine[0]['parameters']:,.0f}", mean_and_spread([row["line_iou"] for row in mine]), len(mine)])
+    save_table(folder / "reach.md", ["tiles", "model", "reach, cells", "parameters", "line IoU", "seeds"], table)
+    draw(folder / "reach.png", read(results))
+
+
+if __name__ == "__main__":
+    main()

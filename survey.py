@@ -1,0 +1,99 @@
+"""One look at every image and mask before training: what they hold, and whether they go together.
+
+A broken file is found here and not in the third hour. What is wrong raises DataError, see image_folder.py.
+"""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import torch
+
+from image_folder import DEEPGLOBE, IGNORE, DataError, ImageFolder, read_image, scale
+
+
+def survey(folders: dict[str, ImageFolder], names: list[str] | None,
+           progress: Callable = lambda text: None) -> tuple[dict, dict]:
+    """Reads every pair of train, val and test once. names: of the classes, if they are known. DataError.
+
+    Returns what the images tell (channels; classes and colors; mean and std of each channel of the training images,
+    where white is 1), and the sizes of the training images: {(H, W): an image of that size}.
+    """
+    pairs = [(folder, pair) for folder in folders.values() for pair in folder.pairs]
+    sums, squares, pixels, largest, kinds, sizes = 0, 0, 0, 0, {}, {}
+    for done, (folder, (image_path, mask_path)) in enumerate(pairs, start=1):
+        progress(f"looking at image {done} of {len(pairs)}")
+        image, mask = read_image(image_path), folder.read_mask(mask_path)
+        kinds.setdefault(f"{image.shape[2]} channels of {image.dtype}", image_path)
+        if len(kinds) > 1:
+            raise DataError(f"{image_path}: " + ", but {} has ".join(reversed(kinds)).format(next(iter(kinds.values())).name)
+                            + "; convert the images to one kind")
+        if image.shape[:2] != mask.shape:
+            raise DataError(f"{image_path}: {image.shape[0]}x{image.shape[1]} pixels, but its mask {mask_path.name} has "
+                            f"{mask.shape[0]}x{mask.shape[1]}; they must be equal")
+        if folder.crop and (mask.shape[0] < folder.crop[0] or mask.shape[1] < folder.crop[1]):
+            raise DataError(f"{image_path}: {mask.shape[0]}x{mask.shape[1]} pixels are fewer than --crop "
+                            f"{folder.crop[0]}x{folder.crop[1]}; take a smaller crop")
+        largest = max(largest, largest_index(mask, mask_path, len(names) if names else IGNORE))
+        for x in map(torch.from_numpy, blocks(image)):
+            x = x.double() / scale(x)
+            if not x.isfinite().all():
+                raise DataError(f"{image_path}: holds nan or inf; replace them")
+            if folder is folders["train"]:
+                sums, squares, pixels = sums + x.sum((0, 1)), squares + x.square().sum((0, 1)), pixels + x[..., 0].numel()
+                sizes.setdefault(mask.shape, image_path)
+    progress("")
+
+    names = names or [f"class {i}" for i in range(largest + 1)]
+    if len(names) < 2:
+        raise DataError(f"{mask_path.parent}: the masks know a single class, 0; save the others as 1, 2, ... "
+                        f"({IGNORE} stands for pixels that do not count)")
+    mean = sums / pixels
+    std = (squares / pixels - mean.square()).clamp(min=0).sqrt()
+    return {"channels": image.shape[2], "classes": names, "colors": colors(names), "mean": mean.tolist(),
+            "std": std.where(std > 0, 1).tolist()}, sizes
+
+
+def blocks(array: np.ndarray) -> Iterator[np.ndarray]:
+    """Some rows at a time, a few million pixels: a mapped array may be larger than the memory."""
+    rows = max(2**22 // array.shape[1], 1)
+    return (array[top:top + rows] for top in range(0, len(array), rows))
+
+
+def largest_index(mask: np.ndarray, path: Path, classes: int) -> int:
+    """The largest class index, 0 if no pixel counts. DataError: there is one that is no class."""
+    largest = 0
+    for block in blocks(mask):
+        known = block[block != IGNORE]
+        if known.size:
+            value = min(known.min(), 0) or known.max()
+            if not 0 <= value < classes:
+                raise DataError(f"{path}: holds the value {value}; a mask holds 0 to {classes - 1}, or {IGNORE} for pixels "
+                                "that do not count")
+            largest = max(largest, int(value))
+    return largest
+
+
+def class_names(root: Path, deepglobe: bool) -> list[str] | None:
+    """DeepGlobe's, or the lines of DIR/classes.txt, or None. DataError."""
+    if deepglobe:
+        return list(DEEPGLOBE)
+    path = root / "classes.txt"
+    if not path.exists():
+        return None
+    try:
+        names = [line.strip() for line in path.read_text("utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read ({error}); save it as text, one name a line") from None
+    if not 2 <= len(set(names)) == len(names) <= IGNORE:
+        raise DataError(f"{path}: holds {len(names)} names, {len(set(names))} of them different; 2 to {IGNORE} different "
+                        "ones were expected, one a line")
+    return names
+
+
+def colors(names: list[str]) -> list[tuple[float, float, float]]:
+    """Red, green and blue from 0 to 1 for each class: DeepGlobe's own, else those of a colour map."""
+    if names == list(DEEPGLOBE):
+        return list(DEEPGLOBE.values())
+    return [matplotlib.colormaps["tab20"](i % 20)[:3] for i in range(len(names))]
