@@ -209,10 +209,19 @@ def recomputed(devices: Sequence[torch.device]) -> Callable:
     seeds = torch.randint(2**62, (len(devices),)).tolist()
 
     def run(function: Callable, i: int):
+        gpu = devices[i].type == "cuda"
+        generator = torch.cuda.default_generators[devices[i].index] if gpu else torch.default_generator
+
         def seeded(i):
-            with torch.random.fork_rng([devices[i]] if devices[i].type == "cuda" else []):
-                torch.manual_seed(seeds[i])
+            before = generator.get_state()
+            generator.manual_seed(seeds[i])
+            try:
                 return function(i)
+            finally:
+                generator.set_state(before)
+
+        if not torch.is_grad_enabled():
+            return seeded(i)
         return checkpoint(seeded, i, use_reentrant=False, preserve_rng_state=False)
 
     return run

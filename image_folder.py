@@ -11,6 +11,7 @@ What cannot be used raises DataError, whose message is one line: the file, what 
 This file imports no other of the project: copy it.
 """
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -38,7 +39,7 @@ def open_picture(path: Path) -> Image.Image:
         with Image.open(path) as picture:
             picture.load()
             return picture
-    except (OSError, SyntaxError, ValueError, EOFError) as error:  # Pillow knows many ways of being broken
+    except Exception as error:  # a damaged file fails in as many ways as there are places in it
         reason = "no PNG or JPEG" if isinstance(error, Image.UnidentifiedImageError) else str(error) or "broken"
         raise DataError(f"{path}: cannot be read ({reason}); replace this file or remove the pair") from None
 
@@ -46,7 +47,7 @@ def open_picture(path: Path) -> Image.Image:
 def open_array(path: Path, dimensions: tuple[int, ...], shape: str) -> np.ndarray:
     try:
         array = np.load(path, mmap_mode="c")  # "c": changes, which torch asks to be possible, would not reach the file
-    except (OSError, ValueError, EOFError) as error:
+    except Exception as error:
         raise DataError(f"{path}: cannot be read as an array ({error}); save it again with numpy.save") from None
     if array.ndim not in dimensions or 0 in array.shape:
         raise DataError(f"{path}: an array of shape {array.shape} where {shape} was expected")
@@ -93,8 +94,6 @@ def scale(image: Tensor) -> int:
     return torch.iinfo(image.dtype).max if image.dtype in (torch.uint8, torch.uint16) else 1
 
 
-# DeepGlobe
-
 DEEPGLOBE = {  # class: red, green, blue
     "urban": (0, 1, 1), "agriculture": (1, 1, 0), "rangeland": (1, 0, 1), "forest": (0, 1, 0), "water": (0, 0, 1),
     "barren": (1, 1, 1), "unknown": (0, 0, 0)}
@@ -110,19 +109,10 @@ def read_deepglobe_mask(path: Path) -> np.ndarray:
     return index[4 * red + 2 * green + blue]
 
 
-def find_deepglobe(root: Path, seed: int) -> dict[str, list[Pair]]:
-    """The pairs DIR/train/ID_sat.jpg, ID_mask.png, in the split of the literature if that knows all of them."""
-    pairs = match(files(root / "train", "_sat"), files(root / "train", "_mask"), root / "train")
-    listed = Path(__file__).parent / "experiments/deepglobe_split.txt"
-    known = dict(line.split() for line in listed.read_text().splitlines()) if listed.exists() else {}
-    split = {name: [pair for identity, pair in pairs.items() if known.get(identity) == name] for name in SPLITS}
-    if sum(map(len, split.values())) == len(pairs) and all(split.values()):
-        print(f"{root}: {len(pairs)} pairs in the split of the literature")
-        return split
-    return complete({"train": list(pairs.values())}, root, seed)
-
-
 # Folders
+
+say = functools.cache(print)  # each thing once, however often a folder is opened
+
 
 def files(folder: Path, ending: str = "") -> dict[str, Path]:
     """The images of a folder by name, without `ending`."""
@@ -163,8 +153,20 @@ def complete(split: dict[str, list[Pair]], root: Path, seed: int) -> dict[str, l
     for name in missing:
         split[name], pairs = sorted(pairs[:tenth]), pairs[tenth:]
     if missing:
-        print(f"{root}: no {' or '.join(missing)}, so {tenth} of the training pairs each, drawn by the seed")
+        say(f"{root}: no {' or '.join(missing)}, so {tenth} of the training pairs each, drawn by the seed")
     return split | {"train": sorted(pairs)}
+
+
+def find_deepglobe(root: Path, seed: int) -> dict[str, list[Pair]]:
+    """The pairs DIR/train/ID_sat.jpg, ID_mask.png, in the split of the literature if that knows all of them."""
+    pairs = match(files(root / "train", "_sat"), files(root / "train", "_mask"), root / "train")
+    listed = Path(__file__).parent / "experiments/deepglobe_split.txt"
+    known = dict(line.split() for line in listed.read_text().splitlines()) if listed.exists() else {}
+    split = {name: [pair for identity, pair in pairs.items() if known.get(identity) == name] for name in SPLITS}
+    if sum(map(len, split.values())) == len(pairs) and all(split.values()):
+        say(f"{root}: {len(pairs)} pairs in the split of the literature")
+        return split
+    return complete({"train": list(pairs.values())}, root, seed)
 
 
 # The data set
@@ -172,8 +174,8 @@ def complete(split: dict[str, list[Pair]], root: Path, seed: int) -> dict[str, l
 class ImageFolder(Dataset):
     """Pairs of an image (C,H,W) and a mask (H,W), both as stored, class indices in uint8.
 
-    crop: (height, width) of a window, somewhere else each time; augment: flips, and quarter turns of square images.
-    Both draw from torch's global generator.
+    crop: (height, width) of a window, somewhere else each time; augment: flips, and quarter turns of square images, for
+    which a mapped image is read (of a window only the window). Both draw from torch's global generator.
     """
 
     def __init__(self, pairs: list[Pair], read_mask: Callable = read_mask, crop=None, augment: bool = False):

@@ -12,6 +12,7 @@ import torch
 from decompose import Tiling
 from image_folder import DataError
 
+SMALL = 256  # pixels; a CPU takes three times as long for an image in tiles of 32x32
 
 class Parser(argparse.ArgumentParser):
     def error(self, message: str):
@@ -159,12 +160,13 @@ def cut(size: tuple[int, int], grid: tuple[int, int], cell: int, overlap: int) -
 
 def build_tiling(config: dict, size: tuple[int, int], grid: tuple[int, int] | None = None) -> Tiling:
     """How an image of this size is cut: as `grid` says; else the size to learn from as --grid says, and every other
-    size into tiles no larger than those. ValueError: it cannot be."""
+    size into tiles no larger than those, or than 256x256 if those are small. ValueError: it cannot be."""
     cell, overlap = 2 ** config["depth"], config["overlap"]
     if grid is None:
-        top, bottom, left, right = cut(tuple(config["image_size"]), tuple(config["grid"]), cell, 0).boxes[0]
-        same = tuple(size) == tuple(config["image_size"])
-        grid = config["grid"] if same else (-(-size[0] // (bottom - top)), -(-size[1] // (right - left)))
+        grid = config["grid"]
+        if tuple(size) != tuple(config["image_size"]):
+            top, bottom, left, right = cut(tuple(config["image_size"]), tuple(grid), cell, 0).boxes[0]
+            grid = [-(-pixels // max(tile, SMALL)) for pixels, tile in zip(size, (bottom - top, right - left))]
     return cut(tuple(size), tuple(grid), cell, overlap)
 
 

@@ -4,7 +4,8 @@
 
 Writes for each image the class of every pixel: NAME.png with a palette, so that it is readable by eye and by program, or
 for NAME.npy an array NAME.npy, written tile by tile; and NAME-overlay.png, the classes over the image, at most 2048 pixels
-wide or high. Images are cut into tiles no larger than those of training, and one tile at a time is alive per device.
+wide or high. Images are cut into tiles no larger than those of training (or than 256x256, if those are smaller), and one
+tile at a time is alive per device.
 With --masks, a folder of true masks of the same names, it also scores them, in metrics.json.
 """
 
@@ -99,7 +100,7 @@ def main(arguments: list[str] | None = None):
     option("--out", type=Path, default=unset, help="folder to write to (default: a new one, predictions)")
     option("--gpus", type=number(1), default=unset, help="GPUs to use (default: all there are)")
     option("--grid", type=pair, default=None, metavar="RxC", help="rows x columns of tiles (default: as many as keep "
-           "them no larger than in training)")
+           "them no larger than in training, or than 256x256)")
     option("--masks", type=Path, default=None, metavar="DIR", help="folder of true masks, to score the predictions")
     asked = parser.parse_args(arguments)
     out = getattr(asked, "out", None) or new_folder("predictions")

@@ -96,4 +96,4 @@ def colors(names: list[str]) -> list[tuple[float, float, float]]:
     """Red, green and blue from 0 to 1 for each class: DeepGlobe's own, else those of a colour map."""
     if names == list(DEEPGLOBE):
         return list(DEEPGLOBE.values())
-    return [matplotlib.colormaps["tab20"](i % 20)[:3] for i in range(len(names))]
+    return [tuple(map(float, matplotlib.colormaps["tab20"](i % 20)[:3])) for i in range(len(names))]

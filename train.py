@@ -53,7 +53,8 @@ class Normalise:
     def __call__(self, encoder: Encoder, inputs: tuple[Tensor]) -> Tensor:
         tile, (mean, std) = inputs[0], self.on_device(inputs[0].device)
         kind = next(encoder.parameters()).dtype
-        return (tile.to(kind) / image_folder.scale(tile) - mean.to(kind)) / std.to(kind)
+        x = tile.to(kind, memory_format=torch.contiguous_format) / image_folder.scale(tile)
+        return (x - mean.to(kind)) / std.to(kind)
 
 
 def build_model(config: dict) -> DecomposedUNet:

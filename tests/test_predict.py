@@ -1,0 +1,159 @@
+"""A trained network on pictures: masks that a program can read, in bounded memory, and one line for what is broken."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_image_folder import make_deepglobe, make_folder, save
+from torch.utils.data import DataLoader
+
+import predict
+import train
+from image_folder import ImageFolder
+
+CPU = [torch.device("cpu")]
+SMALL = "--width 2 --depth 2 --comm-channels 4 --epochs 1 --batch-size 4 --grid 2x2".split()
+RNG = np.random.default_rng(0)
+
+
+@pytest.fixture(scope="module")
+def grey(tmp_path_factory):
+    """A network for grey images of 64x64 in tiles of 32x32."""
+    out = tmp_path_factory.mktemp("grey") / "run"
+    train.main([*SMALL, "--train-images", "16", "--out", str(out)])
+    return out / "best.pt"
+
+
+def run(*arguments) -> int:
+    """The exit status."""
+    try:
+        predict.main([str(word) for word in arguments])
+    except SystemExit as stopped:
+        return stopped.code
+    return 0
+
+
+def expected(checkpoint, image: np.ndarray, grid=None) -> np.ndarray:
+    model, config = train.load_model(checkpoint)
+    images = torch.from_numpy(image)[None, None]
+    tiling = train.build_tiling(config, image.shape, grid)
+    with torch.no_grad():
+        return tiling.stitch(train.run_tiles(model, images, tiling, CPU, lambda i, logits: logits.argmax(dim=1)))[0].numpy()
+
+
+@pytest.mark.parametrize("size", [(64, 64), (70, 133)])
+def test_a_mask_is_what_the_network_says_with_a_palette(size, grey, tmp_path):
+    image = RNG.integers(0, 256, size, np.uint8)
+    assert run(grey, save(tmp_path / "a.png", image), "--out", tmp_path / "out") == 0
+    with Image.open(tmp_path / "out/a.png") as picture:
+        assert picture.mode == "P" and np.array_equal(np.array(picture), expected(grey, image))
+        orange = np.array(picture.convert("RGB"))[np.array(picture) == 1]
+        assert (orange == np.rint(255 * np.array(train.LinesAndCircles.colors[1]))).all()
+    with Image.open(tmp_path / "out/a-overlay.png") as picture:
+        assert picture.mode == "RGB" and picture.size == size[::-1]
+
+
+def test_an_array_gives_an_array(grey, tmp_path):
+    image = RNG.random((96, 40)).astype(np.float32)
+    assert run(grey, save(tmp_path / "a.npy", image), "--out", tmp_path / "out", "--grid", "3x2") == 0
+    mask = np.load(tmp_path / "out/a.npy")
+    assert mask.dtype == np.uint8 and np.array_equal(mask, expected(grey, image, (3, 2)))
+
+
+def test_other_images_are_cut_into_tiles_no_larger_than_in_training_unless_those_are_small(grey, tmp_path, capsys):
+    run(grey, save(tmp_path / "a.png", np.zeros((64, 600), np.uint8)), "--out", tmp_path / "out")
+    assert "64x600 pixels in 1x3 tiles" in capsys.readouterr().out  # those of training have 32 pixels: at least 256
+    _, config = train.load_model(grey)
+    large = config | {"image_size": (700, 1000), "grid": (1, 2)}
+    assert train.build_tiling(large, (1400, 1500)).grid == (2, 3) and train.build_tiling(large, (700, 1000)).grid == (1, 2)
+
+
+def test_the_overlay_of_a_large_image_is_small(grey, tmp_path):
+    run(grey, save(tmp_path / "a.npy", np.zeros((8, 5000), np.uint8)), "--out", tmp_path / "out")
+    with Image.open(tmp_path / "out/a-overlay.png") as picture:
+        assert picture.size == (1667, 3)
+
+
+def test_scores_of_predictions_are_those_of_an_evaluation(grey, tmp_path, capsys):
+    pairs = [(save(tmp_path / f"images/{name}", RNG.integers(0, 256, size, np.uint8)),
+              save(tmp_path / f"masks/{name}", RNG.choice([0, 1, 2, 255], size).astype(np.uint8)))
+             for name, size in (("a.png", (64, 64)), ("b.npy", (70, 133)))]
+    assert run(grey, *[image for image, _ in pairs], "--masks", tmp_path / "masks", "--out", tmp_path / "out") == 0
+    scores = json.loads((tmp_path / "out/metrics.json").read_text())
+    model, config = train.load_model(grey)
+    again = train.evaluate(model, DataLoader(ImageFolder(pairs), 1), config, CPU)
+    assert scores["all"] == {name: again[name] for name in ("mean_iou", "iou", "seam")}
+    assert f"mean IoU {scores['a.png']['mean_iou']:.4f}" in capsys.readouterr().out
+
+
+def test_a_broken_image_is_skipped_and_the_others_are_done(grey, tmp_path, capsys):
+    good = [save(tmp_path / f"{name}.png", np.zeros((32, 32), np.uint8)) for name in "ab"]
+    (tmp_path / "broken.png").write_text("no picture")
+    assert run(grey, good[0], tmp_path / "broken.png", good[1], "--out", tmp_path / "out") == 1
+    assert "broken.png: cannot be read" in capsys.readouterr().err
+    assert (tmp_path / "out/a.png").exists() and (tmp_path / "out/b.png").exists() and not (tmp_path / "out/broken.png").exists()
+
+
+@pytest.mark.parametrize("name, options, message", [
+    ("color.png", "", "3 channels, but the network was trained on 1"),
+    ("missing.png", "", "missing.png: cannot be read"),
+    ("grey.png", "--grid 99x1", "99 rows of tiles: an image of 32x32 pixels"),
+    ("grey.png", "--grid 0x2", "--grid: '0x2' is not two numbers of 1 or more"),
+    ("grey.png", "--gpus 0", "--gpus: '0' is not a number of 1 or more"),
+    ("grey.png", "--masks nowhere", "nowhere/grey.npy: cannot be read"),
+    ("grey.png", "--out .", "grey.png: is there already"),
+    ("grey.png", "--out color.png", "color.png"),
+    ("grey.png", "other/grey.npy", "two images are named grey")])
+def test_bad_input_ends_with_one_line_and_status_2(name, options, message, grey, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    save(tmp_path / "grey.png", np.zeros((32, 32), np.uint8)), save(tmp_path / "color.png", np.zeros((32, 32, 3), np.uint8))
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    assert run(grey, name, *options.split()) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and message in said
+    assert all(path.read_bytes() == content for path, content in before.items())
+
+
+def test_a_checkpoint_that_is_none_is_named(tmp_path, capsys):
+    image = save(tmp_path / "a.png", np.zeros((32, 32), np.uint8))
+    assert run(image, image, "--out", tmp_path / "out") == 2
+    assert "a.png: cannot be loaded" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_deepglobe_from_its_layout_to_masks(tmp_path, capsys):
+    masks = make_deepglobe(tmp_path / "data", [str(i) for i in range(12)])
+    train.main([*SMALL, "--epochs", "2", "--dataset", "deepglobe", "--data", str(tmp_path / "data"), "--out", str(tmp_path / "run")])
+    metrics = json.loads((tmp_path / "run/metrics.json").read_text())
+    assert len(metrics["config"]["classes"]) == 7 and len(metrics["config"]["mean"]) == 3
+    assert metrics["test"]["seam"].keys() == {"mean_iou_border", "mean_iou_interior"}
+    image = tmp_path / "data/train/3_sat.jpg"
+    assert run(tmp_path / "run/best.pt", image, "--masks", tmp_path / "data/train", "--out", tmp_path / "out") == 0
+    predicted, known = np.array(Image.open(tmp_path / "out/3_sat.png")), masks["3"] != 255
+    scores = json.loads((tmp_path / "out/metrics.json").read_text())["all"]
+    for label, name in enumerate(metrics["config"]["classes"][:6]):
+        one, other = (predicted == label) & known, masks["3"] == label
+        assert scores["iou"][name] == pytest.approx((one & other).sum() / (one | other).sum())
+    assert scores["mean_iou"] == pytest.approx(np.mean([scores["iou"][name] for name in metrics["config"]["classes"][:6]]))
+
+
+def test_a_folder_of_several_sizes_trains_on_crops_and_on_whole_images(tmp_path):
+    make_folder(tmp_path / "a", 6, size=(40, 56), channels=1), make_folder(tmp_path / "b", 6, size=(48, 33), channels=1)
+    for kind in ("images", "masks"):
+        for path in (tmp_path / f"b/train/{kind}").iterdir():
+            path.rename(tmp_path / f"a/train/{kind}/b{path.name}")
+    data = ["--dataset", "folder", "--data", str(tmp_path / "a")]
+    for name, options in (("crops", "--crop 24x32"), ("whole", "--batch-size 1")):
+        train.main([*SMALL, *data, *options.split(), "--out", str(tmp_path / name)])
+        metrics = json.loads((tmp_path / name / "metrics.json").read_text())
+        assert metrics["config"]["classes"] == ["class 0", "class 1", "class 2"] and metrics["test"]["mean_iou"] > 0
+    assert json.loads((tmp_path / "crops/metrics.json").read_text())["config"]["image_size"] == [24, 32]
+
+
+def test_2448_pixels_train_in_uneven_tiles_without_padding(tmp_path):
+    make_folder(tmp_path / "data", 3, size=(16, 2448))
+    train.main("--width 1 --depth 4 --comm-channels 4 --grid 1x2 --epochs 1 --batch-size 1 --dataset folder --data".split()
+               + [str(tmp_path / "data"), "--out", str(tmp_path / "run")])
+    _, config = train.load_model(tmp_path / "run/best.pt")
+    assert train.build_tiling(config, (16, 2448)).boxes == [(0, 16, 0, 1232), (0, 16, 1232, 2448)]
