@@ -9,7 +9,9 @@ What a kernel needs only inside itself (the workspace of a convolution) and what
 The options are those of train.py, and --memory.
 """
 
+import itertools
 import math
+import os
 import weakref
 from collections import Counter
 from unittest import mock
@@ -115,6 +117,33 @@ def largest_image(config: dict, memory: float) -> int:
     slope = (large - small) / (sides[1] ** 2 - sides[0] ** 2)
     pixels = sides[0] ** 2 + (memory - small) / slope
     return int(math.sqrt(max(pixels, 0)))
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+
+
+def what_fits(config: dict, devices: list[torch.device]) -> str:
+    """For one who ran out of memory: up to two changes of the command whose training step fits nine tenths of the
+    smallest device."""
+    memory = 0.9 * min(torch.cuda.get_device_properties(device).total_memory if device.type == "cuda"
+                       else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") for device in devices)
+    rows, columns = config["grid"]
+    more_gpus = [2**n for n in range(1, 11) if config["gpus"] < 2**n <= rows * columns]
+    ways = {"--recompute": {"recompute": True}} | {f"--gpus {n}": {"gpus": n} for n in more_gpus}
+    for factor in (2, 4, 8, 16):
+        finer = factor * rows, factor * columns
+        ways[f"--grid {finer[0]}x{finer[1]} --recompute"] = {"grid": finer, "recompute": True}
+    ways |= {f"{way} --batch-size 1": change | {"batch_size": 1} for way, change in ways.items()}
+
+    def fits(change):
+        try:
+            return any(config[name] != value for name, value in change.items()) and max(predict(config | change)[0].values()) <= memory
+        except ValueError:
+            return False
+
+    found = list(itertools.islice((way for way, change in ways.items() if fits(change)), 2))
+    return " or ".join(found) or "none that plan.py knows; take a smaller --crop, --image-size or --width"
 
 
 def main(arguments: list[str] | None = None):

@@ -21,10 +21,11 @@ from PIL import Image  # comes with matplotlib
 
 import checkpoints
 import image_folder
+import plan
 import plots
-import survey
 import train
 from checkpoints import CheckpointError
+from data import largest_index
 from decompose import DecomposedUNet, Tiling
 from image_folder import DataError
 from metrics import confusion, mean_iou, near_seam, scores
@@ -82,7 +83,7 @@ def score(mask: np.ndarray, tiling: Tiling, config: dict, path: Path, masks: Pat
     if truth.shape != mask.shape:
         raise DataError(f"{truth_path}: {truth.shape[0]}x{truth.shape[1]} pixels, but the image has "
                         f"{mask.shape[0]}x{mask.shape[1]}; they must be equal")
-    survey.largest_index(truth, truth_path, len(config["classes"]))
+    largest_index(truth, truth_path, len(config["classes"]))
     counts = 0
     for i, (top, bottom, left, right) in enumerate(tiling.boxes):
         parts = [torch.from_numpy(x[top:bottom, left:right])[None] for x in (mask, truth)]
@@ -122,6 +123,10 @@ def main(arguments: list[str] | None = None):
             mask, tiling = predict(model, config, path, asked.grid, devices, out)
             if asked.masks:
                 counts[path.name] = score(mask, tiling, config, path, asked.masks)
+        except RuntimeError as error:
+            if not plan.is_out_of_memory(error):
+                raise
+            parser.error(f"{path}: out of memory; take a --grid of more tiles")
         except (DataError, OSError) as error:
             failed += 1
             print(f"{parser.prog}: error: {error}", file=sys.stderr)

@@ -22,19 +22,18 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader
 
 import checkpoints
 import image_folder
 import plots
-import survey
 from checkpoints import CheckpointError
 from comm_net import CommNet
+from data import build_datasets, collate, describe
 from decompose import DecomposedUNet, Tiling
 from image_folder import DataError
 from metrics import IGNORE, confusion, dice_cross_entropy, loss_sums, near_seam, scores
-from options import build_tiling, check_sizes, make_parser, parse
-from synthetic import LinesAndCircles
+from options import build_tiling, make_parser, parse
 from unet import Decoder, Encoder
 
 class Diverged(ArithmeticError):
@@ -76,44 +75,6 @@ def load_model(path: Path) -> tuple[DecomposedUNet, dict]:
         raise CheckpointError(f"{path}: its weights do not fit its configuration, or it comes from another "
                                           "version of train.py; name another checkpoint") from None
     return model.eval(), state["config"]
-
-
-def build_datasets(config: dict) -> dict[str, Dataset]:
-    """Train, val and test, as --dataset says. Of the synthetic images, val and test have an eighth of the training
-    images each; the discs are kept apart by tiles of about 32x32 pixels whatever the network's grid, so that all models
-    see the same images."""
-    if config["dataset"] == "synthetic":
-        count, size = config["train_images"], config["image_size"]
-        lengths = {"train": count, "val": max(count // 8, 1), "test": max(count // 8, 1)}
-        grid = tuple(max(pixels // 32, 1) for pixels in size)
-        return {split: LinesAndCircles(length, size, grid, split, config["seed"]) for split, length in lengths.items()}
-    return image_folder.open_folder(Path(config["data"]), config["dataset"] == "deepglobe", config["seed"], config["crop"],
-                                    config["augment"])
-
-
-def describe(config: dict) -> dict:
-    """What the data add to the configuration: channels, classes, colors, mean, std and image_size. DataError."""
-    try:
-        datasets = build_datasets(config)
-    except DataError:
-        raise
-    except ValueError as error:
-        raise DataError(f"--image-size: {error}") from None
-    data = datasets["train"]
-    if config["dataset"] == "synthetic":
-        known = {"channels": data.channels, "classes": data.classes, "colors": data.colors, "mean": [0.0], "std": [1.0]}
-        sizes = {config["image_size"]: "--image-size"}
-    else:
-        names = survey.class_names(Path(config["data"]), config["dataset"] == "deepglobe")
-        known, sizes = survey.survey(datasets, names, show_progress)
-        print(f"{len(known['classes'])} classes ({', '.join(known['classes'])}), {known['channels']} channels, "
-              + ", ".join(f"{len(data)} images for {split}" for split, data in datasets.items()))
-    return known | {"image_size": check_sizes(config, sizes, len(data))}
-
-
-def collate(pairs: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
-    """A batch. A batch of one is a view: an image that is mapped into memory is not read here."""
-    return [x[None] for x in pairs[0]] if len(pairs) == 1 else default_collate(pairs)
 
 
 # How it is trained
@@ -335,7 +296,7 @@ def main(arguments: list[str] | None = None):
             print(f"{out}: {len(state['rows'])} of {config['epochs']} epochs are done")
         else:
             out = Path(config["out"])
-            config |= describe(config)
+            config |= describe(config, show_progress)
             out.mkdir(parents=True, exist_ok=True)
         rows, columns = config["grid"]
         devices = find_devices(config["gpus"], f"{rows}x{columns} tiles")
@@ -347,6 +308,11 @@ def main(arguments: list[str] | None = None):
                      "that went well")
     except (DataError, CheckpointError, OSError) as error:
         parser.error(str(error))
+    except RuntimeError as error:
+        import plan  # which is made of this file
+        if not plan.is_out_of_memory(error):
+            raise
+        parser.error(f"out of memory; plan.py says that this would fit: {plan.what_fits(config, devices)}")
     print(f"\ntest IoU of the best epoch, in {metrics['seconds']:.0f} seconds:")
     for name, score in [*metrics["test"]["iou"].items(), ("mean", metrics["test"]["mean_iou"])]:
         print(f"  {name:12} {score:.4f}")

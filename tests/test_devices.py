@@ -1,5 +1,6 @@
 """One training step on two devices against the same step on one, with a pretend second device or two real GPUs."""
 
+import math
 from collections import Counter
 
 import pytest
@@ -52,6 +53,19 @@ def test_a_step_on_two_gpus_is_the_step_on_one():
 def test_a_misplaced_tensor_fails():
     with PretendDevice(), pytest.raises(RuntimeError, match="mixes pretend:0 with cpu"):
         torch.ones(2).to(DEVICE) + torch.ones(2)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_an_image_and_a_mask_of_the_host_never_appear_whole_on_a_device(recompute):
+    """Everything is computed on the pretend device; as it cannot run backward under checkpoints, without gradients."""
+    images, masks = map(torch.stack, zip(*LinesAndCircles(B)))
+    with PretendDevice() as device:
+        model = train.build_model(CONFIG | {"recompute": recompute}).to(DEVICE)
+        device.moved.clear()
+        with torch.no_grad():
+            train.batch_loss(model, images, masks, Tiling((64, 64), (2, 2), 2**DEPTH), [DEVICE])
+    assert Counter(shape for _, _, shape, _ in device.moved if math.prod(shape) > 2 * L + 2) == {
+        (B, 1, 32, 32): 8 if recompute else 4, (B, 32, 32): 4}
 
 
 def test_nothing_of_image_size_crosses_between_devices():

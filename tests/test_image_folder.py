@@ -7,8 +7,8 @@ from PIL import Image
 
 import image_folder
 import train
+from data import survey
 from image_folder import ImageFolder
-from survey import survey
 
 RNG = np.random.default_rng(0)
 GREY, COLOR = RNG.integers(0, 256, (12, 20), np.uint8), RNG.integers(0, 256, (12, 20, 3), np.uint8)

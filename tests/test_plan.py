@@ -98,3 +98,28 @@ def test_every_gpu_and_every_model_is_told(capsys):
     assert "4 tiles" in told and "GPU 0: peak" in told and "GPU 1: peak" in told
     sides = [int(line.split(" x ")[1]) for line in told.splitlines() if " x " in line]
     assert len(sides) == 3 and sides == sorted(sides)
+
+
+def test_who_runs_out_of_memory_is_told_what_fits(tmp_path, monkeypatch, capsys):
+    def no_memory(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    monkeypatch.setattr(train, "train_epoch", no_memory)
+    with pytest.raises(SystemExit, match="2"):
+        train.main([*SMALL.split()[:-1], str(tmp_path / "run"), "--train-images", "2"])
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "out of memory; plan.py says that this would fit: --recompute or" in said
+
+
+@pytest.mark.parametrize("grid, tenths, ways", [("2x2", 9, ["--recompute"]), ("1x1", 5, ["--grid 2x2 --recompute"])])
+def test_what_is_said_to_fit_fits(grid, tenths, ways, monkeypatch):
+    config = configuration(f"--grid {grid}") | {"gpus": 1}
+    limit = tenths / 10 * plan.predict(config)[0]["cpu:1"]
+    monkeypatch.setattr(plan.os, "sysconf", {"SC_PAGE_SIZE": limit / 0.9, "SC_PHYS_PAGES": 1}.get)
+    said = plan.what_fits(config, [torch.device("cpu")]).split(" or ")
+    assert set(ways) <= set(said)
+    for way in said:
+        gpus = int(way.split()[1]) if "--gpus" in way else 1
+        changed = configuration(way if "--grid" in way else f"--grid {grid} {way}") | {"gpus": gpus}
+        assert max(plan.predict(changed)[0].values()) <= limit
+    monkeypatch.setattr(plan.os, "sysconf", lambda _: 1)
+    assert plan.what_fits(config, [torch.device("cpu")]).startswith("none")

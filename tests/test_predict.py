@@ -7,11 +7,14 @@ import pytest
 import torch
 from PIL import Image
 from test_image_folder import make_deepglobe, make_folder, save
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
 
 import predict
 import train
-from image_folder import ImageFolder
+from image_folder import ImageFolder, read_image
+from synthetic import LinesAndCircles
 
 CPU = [torch.device("cpu")]
 SMALL = "--width 2 --depth 2 --comm-channels 4 --epochs 1 --batch-size 4 --grid 2x2".split()
@@ -50,7 +53,7 @@ def test_a_mask_is_what_the_network_says_with_a_palette(size, grey, tmp_path):
     with Image.open(tmp_path / "out/a.png") as picture:
         assert picture.mode == "P" and np.array_equal(np.array(picture), expected(grey, image))
         orange = np.array(picture.convert("RGB"))[np.array(picture) == 1]
-        assert (orange == np.rint(255 * np.array(train.LinesAndCircles.colors[1]))).all()
+        assert (orange == np.rint(255 * np.array(LinesAndCircles.colors[1]))).all()
     with Image.open(tmp_path / "out/a-overlay.png") as picture:
         assert picture.mode == "RGB" and picture.size == size[::-1]
 
@@ -60,6 +63,32 @@ def test_an_array_gives_an_array(grey, tmp_path):
     assert run(grey, save(tmp_path / "a.npy", image), "--out", tmp_path / "out", "--grid", "3x2") == 0
     mask = np.load(tmp_path / "out/a.npy")
     assert mask.dtype == np.uint8 and np.array_equal(mask, expected(grey, image, (3, 2)))
+
+
+class LargestCopy(TorchDispatchMode):
+    """Bytes of the largest tensor made while active, not counting views of `image`."""
+
+    def __init__(self, image):
+        super().__init__()
+        self.image, self.bytes = image, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor) and not 0 <= tensor.data_ptr() - self.image.data_ptr() < self.image.nbytes:
+                self.bytes = max(self.bytes, tensor.nbytes)
+        return out
+
+
+def test_an_array_on_disk_is_read_tile_by_tile(grey, tmp_path):
+    image = torch.from_numpy(read_image(save(tmp_path / "a.npy", RNG.random((1024, 1024)))))
+    model, config = train.load_model(grey)
+    model.recompute = True
+    tiling = train.build_tiling(config, image.shape[:2], (8, 8))
+    with LargestCopy(image) as largest:
+        mask = torch.empty(1, 1024, 1024, dtype=torch.uint8)
+        train.segment(model, image.permute(2, 0, 1)[None], tiling, CPU, mask)
+    assert image.nbytes // 64 <= largest.bytes < image.nbytes // 6  # a tile, not the image; the mask is an eighth
 
 
 def test_other_images_are_cut_into_tiles_no_larger_than_in_training_unless_those_are_small(grey, tmp_path, capsys):

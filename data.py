@@ -1,4 +1,4 @@
-"""One look at every image and mask before training: what they hold, and whether they go together.
+"""Which images there are, and one look at all of them before training: what they hold, and whether they go together.
 
 A broken file is found here and not in the third hour. What is wrong raises DataError, see image_folder.py.
 """
@@ -9,8 +9,50 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import torch
+from torch import Tensor
+from torch.utils.data import Dataset, default_collate
 
-from image_folder import DEEPGLOBE, IGNORE, DataError, ImageFolder, read_image, scale
+from image_folder import DEEPGLOBE, IGNORE, DataError, ImageFolder, open_folder, read_image, scale
+from options import check_sizes
+from synthetic import LinesAndCircles
+
+
+def build_datasets(config: dict) -> dict[str, Dataset]:
+    """Train, val and test, as --dataset says. Of the synthetic images, val and test have an eighth of the training
+    images each; the discs are kept apart by tiles of about 32x32 pixels whatever the network's grid, so that all models
+    see the same images."""
+    if config["dataset"] == "synthetic":
+        count, size = config["train_images"], config["image_size"]
+        lengths = {"train": count, "val": max(count // 8, 1), "test": max(count // 8, 1)}
+        grid = tuple(max(pixels // 32, 1) for pixels in size)
+        return {split: LinesAndCircles(length, size, grid, split, config["seed"]) for split, length in lengths.items()}
+    return open_folder(Path(config["data"]), config["dataset"] == "deepglobe", config["seed"], config["crop"],
+                                    config["augment"])
+
+
+def describe(config: dict, progress: Callable) -> dict:
+    """What the data add to the configuration: channels, classes, colors, mean, std and image_size. DataError."""
+    try:
+        datasets = build_datasets(config)
+    except DataError:
+        raise
+    except ValueError as error:
+        raise DataError(f"--image-size: {error}") from None
+    data = datasets["train"]
+    if config["dataset"] == "synthetic":
+        known = {"channels": data.channels, "classes": data.classes, "colors": data.colors, "mean": [0.0], "std": [1.0]}
+        sizes = {config["image_size"]: "--image-size"}
+    else:
+        names = class_names(Path(config["data"]), config["dataset"] == "deepglobe")
+        known, sizes = survey(datasets, names, progress)
+        print(f"{len(known['classes'])} classes ({', '.join(known['classes'])}), {known['channels']} channels, "
+              + ", ".join(f"{len(data)} images for {split}" for split, data in datasets.items()))
+    return known | {"image_size": check_sizes(config, sizes, len(data))}
+
+
+def collate(pairs: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
+    """A batch. A batch of one is a view: an image that is mapped into memory is not read here."""
+    return [x[None] for x in pairs[0]] if len(pairs) == 1 else default_collate(pairs)
 
 
 def survey(folders: dict[str, ImageFolder], names: list[str] | None,
