@@ -87,25 +87,30 @@ def fake_step(config: dict) -> LiveMemory:
         masks = torch.empty(config["batch_size"], *config["image_size"], dtype=torch.uint8, device=host)
         memory.peak.clear()
         memory.moved.clear()
-        train.batch_loss(model, images, masks, build_tiling(config, config["image_size"]), devices).backward()
+        loss = train.batch_loss(model, images, masks, build_tiling(config, config["image_size"]), devices)
+        memory.forward_peak = memory.peak.copy()
+        loss.backward()
         optimizer.step()
     return memory
 
 
 def predict(config: dict) -> tuple[Counter, Counter]:
-    """Peak bytes of each device, and bytes moved by (from, to), in seconds for any number of tiles: from two and three
-    tiles per device on, it goes up in a straight line. Uneven tiles are taken to be as large as the largest."""
+    """Peak bytes of each device, and bytes moved by (from, to), in seconds for any number of tiles: from three and four
+    tiles per device on, they go up in straight lines, one for the forward pass and one for the whole step. With many
+    tiles the first is the higher one. Uneven tiles are taken to be as large as the largest."""
     tiling, devices = build_tiling(config, config["image_size"]), max(config["gpus"], 1)
     per_device = -(-len(tiling) // devices)
-    if per_device <= 3:
+    if per_device <= 4:
         memory = fake_step(config)
         return memory.peak, memory.moved
     height = max(bottom - top for top, bottom, _, _ in tiling.halos)
     width = max(right - left for _, _, left, right in tiling.halos)
-    two, three = (fake_step(config | {"image_size": (height, width * n), "grid": (1, n), "overlap": 0})
-                  for n in (2 * devices, 3 * devices))
-    return tuple(Counter({key: c[key] + (per_device - 3) * (c[key] - b[key]) for key in c})
-                 for b, c in ((two.peak, three.peak), (two.moved, three.moved)))
+    three, four = (fake_step(config | {"image_size": (height, width * n), "grid": (1, n), "overlap": 0})
+                  for n in (3 * devices, 4 * devices))
+    forward, step, moved = (Counter({key: c[key] + (per_device - 4) * (c[key] - b[key]) for key in c})
+                            for b, c in ((getattr(three, name), getattr(four, name))
+                                         for name in ("forward_peak", "peak", "moved")))
+    return forward | step, moved  # the larger of the two
 
 
 def largest_image(config: dict, memory: float) -> int:
@@ -119,8 +124,8 @@ def largest_image(config: dict, memory: float) -> int:
     return int(math.sqrt(max(pixels, 0)))
 
 
-def is_out_of_memory(error: RuntimeError) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+def is_out_of_memory(error: Exception) -> bool:
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in str(error)
 
 
 def what_fits(config: dict, devices: list[torch.device]) -> str:

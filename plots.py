@@ -43,12 +43,13 @@ def draw_predictions(path, columns: dict[str, list], boxes: list[list], classes:
 
 
 def show(axes, picture, boxes: list, colors: list):
-    """An image (C,H,W) in grey or colour, or a mask (H,W) in the colours of its classes; what does not count is white."""
+    """An image (C,H,W) in grey or colour, or a mask (H,W) in the colours of its classes. Pixels that do not count are
+    grey."""
     picture = np.asarray(picture)
     if picture.ndim == 3:
         axes.imshow(visible(picture))
     else:
-        classes = ListedColormap(colors).with_extremes(over="white")
+        classes = ListedColormap(colors).with_extremes(over="gray")
         axes.imshow(picture, cmap=classes, vmin=-0.5, vmax=len(colors) - 0.5, interpolation="nearest")
     height, width = picture.shape[-2:]
     for top, _, left, _ in boxes:

@@ -123,7 +123,7 @@ def main(arguments: list[str] | None = None):
             mask, tiling = predict(model, config, path, asked.grid, devices, out)
             if asked.masks:
                 counts[path.name] = score(mask, tiling, config, path, asked.masks)
-        except RuntimeError as error:
+        except (RuntimeError, MemoryError) as error:
             if not plan.is_out_of_memory(error):
                 raise
             parser.error(f"{path}: out of memory; take a --grid of more tiles")

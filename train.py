@@ -308,7 +308,7 @@ def main(arguments: list[str] | None = None):
                      "that went well")
     except (DataError, CheckpointError, OSError) as error:
         parser.error(str(error))
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         import plan  # which is made of this file
         if not plan.is_out_of_memory(error):
             raise

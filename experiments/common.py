@@ -1,5 +1,6 @@
-"""What the experiments share: runs and results that are not made twice, tables, a folder for pictures."""
+"""What the experiments share: runs and results that are not made twice, tables, pictures of several seeds."""
 
+import argparse
 import csv
 import json
 import shutil
@@ -10,6 +11,7 @@ from unittest import mock
 import torch
 from torch import nn
 
+import options
 import train
 from comm_net import CommNet
 
@@ -21,6 +23,15 @@ MODELS = {  # the three-way comparison: options of train.py
     "without communication": ["--comm-channels", "0"],
     "plain U-Net, whole image": ["--grid", "1x1", "--comm-channels", "0"],
 }
+
+
+def make_parser(description: str) -> options.Parser:
+    """The two options that most experiments have."""
+    parser = options.Parser(description=description, allow_abbrev=False,
+                            formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--seeds", type=options.number(0), nargs="+", default=[0, 1, 2], help="of weights and images")
+    parser.add_argument("--quick", action="store_true", help="a smoke run")
+    return parser
 
 
 def trained(out: Path, options: list[str], comm_net: type[nn.Module] = CommNet) -> dict:
@@ -69,6 +80,11 @@ def append(path: Path, rows: list[dict]):
         writer.writerows(rows)
 
 
+def where(rows: list[dict], **values) -> list[dict]:
+    """The rows that hold these values."""
+    return [row for row in rows if values.items() <= row.items()]
+
+
 def mean_and_spread(values: list[float]) -> str:
     """`mean (smallest to largest)` of a few runs."""
     return f"{statistics.mean(values):.3f} ({min(values):.3f} to {max(values):.3f})"
@@ -80,3 +96,19 @@ def save_table(path: Path, header: list[str], rows: list[list]):
     lines.insert(1, "|---" * len(header) + "|")
     path.write_text("\n".join(lines) + "\n")
     print("\n" + "\n".join(lines))
+
+
+def plot_spread(axes, rows: list[dict], x: str, y: str, **style):
+    """A line through the mean of `y` at every `x`, and a band from the smallest to the largest."""
+    points = {at: [row[y] for row in where(rows, **{x: at})] for at in sorted({row[x] for row in rows})}
+    (line,) = axes.plot(list(points), [statistics.mean(values) for values in points.values()], **style)
+    axes.fill_between(list(points), [min(values) for values in points.values()],
+                      [max(values) for values in points.values()], color=line.get_color(), alpha=0.15, linewidth=0)
+
+
+def bar_spread(axes, x: float, values: list[float], **style):
+    """A bar as high as the mean, and a dot for every value. No values, no bar."""
+    if values:
+        axes.bar(x, statistics.mean(values), **style)
+        axes.set_axisbelow(True)  # the grid
+        axes.plot([x] * len(values), values, "o", color="black", markersize=3.5, alpha=0.7)

@@ -4,13 +4,12 @@
     OMP_NUM_THREADS=1 python -m experiments.reach --rows 16 --seeds 0 1 2         # 80 minutes of one core
     python -m experiments.reach --quick                                           # seconds
 
-The images are one row of 8 or 16 tiles of 32x32 pixels; the discs lie in any two tiles of the row. Every model is trained
-on 2000 of them for 12 epochs. Then the line IoU of 2000 other images is taken, all together and by distance.
+The images are one row of 8 or 16 tiles of 32x32 pixels; the discs lie in any two tiles of the row. Every model is
+trained on 2000 of them for 12 epochs. Then the line IoU of 2000 other images is taken, all together and by distance.
 Results are added to runs/reach/reach.csv as they come, what is there already is not made again, and two processes with
 different --seeds may run side by side. Writes reach.md and reach.png beside it.
 """
 
-import argparse
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -20,8 +19,8 @@ from torch.utils.data import DataLoader, Subset
 import plots
 import train
 from comm_net import CommNet
-from experiments.common import CPU_OR_GPUS, append, load, mean_and_spread, read, save_table, trained
-from options import Parser, number
+from experiments.common import (CPU_OR_GPUS, append, load, make_parser, mean_and_spread, plot_spread, read, save_table,
+                                trained, where)
 from synthetic import LinesAndCircles
 
 
@@ -76,17 +75,14 @@ def by_distance(model, config: dict, images: int) -> dict[int, float]:
 
 def draw(path: Path, results: list[dict]):
     """Line IoU against distance, a panel for each length of row; the reach of each network as a dotted line."""
-    lengths = sorted({row["tiles"] for row in results})
+    lengths = sorted({row["tiles"] for row in results}) or list(MODELS)
     figure, panels = plt.subplots(1, len(lengths), figsize=(6.4 * len(lengths), 4.4), squeeze=False, sharey=True,
                                   layout="constrained")
     for axes, length in zip(panels[0], lengths):
         for i, name in enumerate(MODELS[length]):
-            mine = [row for row in results if row["tiles"] == length and row["model"] == name and row["distance"]]
-            distances = sorted({row["distance"] for row in mine})
-            scores = [[row["line_iou"] for row in mine if row["distance"] == distance] for distance in distances]
-            style = "--" if name.startswith("plain") else "-"
-            axes.plot(distances, [sum(s) / len(s) for s in scores], f"o{style}", color=f"C{i}", label=name)
-            axes.fill_between(distances, [min(s) for s in scores], [max(s) for s in scores], color=f"C{i}", alpha=0.15)
+            mine = [row for row in where(results, tiles=length, model=name) if row["distance"]]
+            plot_spread(axes, mine, "distance", "line_iou", marker="o", color=f"C{i}", label=name,
+                        linestyle="--" if name.startswith("plain") else "-")
             if mine and mine[0]["reach"]:
                 axes.axvline(mine[0]["reach"] * 8 / 32, color=f"C{i}", linestyle=":")  # a cell is 8 pixels wide
         axes.set(xlabel="distance of the discs, in tiles (dotted: how far the network hears)", ylim=(0, 1),
@@ -98,10 +94,8 @@ def draw(path: Path, results: list[dict]):
 
 
 def main(arguments: list[str] | None = None):
-    parser = Parser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = make_parser(__doc__.splitlines()[0])
     parser.add_argument("--rows", type=int, nargs="+", choices=MODELS, default=list(MODELS), help="tiles in a row")
-    parser.add_argument("--seeds", type=number(0), nargs="+", default=[0, 1, 2], help="of weights and images")
-    parser.add_argument("--quick", action="store_true", help="a smoke run")
     asked = parser.parse_args(arguments)
     folder, training, tested = Path("runs/reach"), TRAINING, TESTED
     if asked.quick:
@@ -112,7 +106,7 @@ def main(arguments: list[str] | None = None):
     for length in asked.rows:
         for seed in asked.seeds:
             for name, (options, comm_net) in MODELS[length].items():
-                if any((row["tiles"], row["seed"], row["model"]) == (length, seed, name) for row in read(results)):
+                if where(read(results), tiles=length, seed=seed, model=name):
                     continue
                 out = folder / f"1x{length}-{name.replace(' ', '-')}-seed{seed}".replace(",", "").replace("'", "")
                 image = ["--grid", f"1x{length}", "--image-size", f"32x{32 * length}", "--seed", str(seed)]
@@ -126,10 +120,11 @@ def main(arguments: list[str] | None = None):
     table = []
     for length, models in MODELS.items():
         for name in models:
-            mine = [row for row in read(results) if (row["tiles"], row["model"], row["distance"]) == (length, name, 0)]
+            mine = where(read(results), tiles=length, model=name, distance=0)
             if mine:
-                table.append([f"1x{length}", name, f"{mine[0]['reach']:.0f}" if mine[0]["reach"] else "-",
-                              f"{mine[0]['parameters']:,.0f}", mean_and_spread([row["line_iou"] for row in mine]), len(mine)])
+                reach = f"{mine[0]['reach']:.0f}" if mine[0]["reach"] else "-"
+                table.append([f"1x{length}", name, reach, f"{mine[0]['parameters']:,.0f}",
+                              mean_and_spread([row["line_iou"] for row in mine]), len(mine)])
     save_table(folder / "reach.md", ["tiles", "model", "reach, cells", "parameters", "line IoU", "seeds"], table)
     draw(folder / "reach.png", read(results))
 

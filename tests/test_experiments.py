@@ -3,8 +3,12 @@
 import json
 
 import pytest
+import torch
 
-from experiments import benchmark, idea, qualitative
+import train
+from comm_net import CommNet
+from experiments import benchmark, comm_channels, control, deepglobe, generalise, idea, memory, qualitative, reach
+from experiments.common import read
 
 
 def test_three_models_side_by_side_and_the_idea_in_one_picture(tmp_path, monkeypatch, capsys):
@@ -26,3 +30,56 @@ def test_the_benchmark_ends_with_a_line_of_json(tmp_path, monkeypatch, capsys):
     peak = {row["model"]: row["peak_mib"] for row in rows if row["size"] == 64}
     assert peak["decomposed, recompute"] < peak["decomposed"] == pytest.approx(peak["plain U-Net"], rel=0.2)
     assert (tmp_path / "runs/benchmark-quick/benchmark.png").exists()
+
+
+@pytest.mark.parametrize("script, rows, score, told", [
+    (reach, 54, "line_iou", "plain U-Net, depth 5"), (comm_channels, 3, "line", "| 2 | 8 | "),
+    (control, 3, "line", "same network, no exchange"), (generalise, 13, "line", "| 256x256 | 8x8 | any two tiles |"),
+    (deepglobe, 9, "mean_iou", "| 0.6680 |"), (memory, 14, "peak_mib", "| 128x128 |")])
+def test_a_quick_run_leaves_results_a_table_and_a_picture_and_makes_nothing_twice(script, rows, score, told, tmp_path,
+                                                                                   monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(memory, "GPUS", 0)
+    script.main(["--quick"])
+    name = script.__name__.split(".")[1]
+    path = tmp_path / f"runs/{name}-quick" / name
+    results = read(path.with_suffix(".csv"))
+    assert len(results) == rows and all(row[score] >= 0 for row in results)
+    assert told in path.with_suffix(".md").read_text() and path.with_suffix(".png").exists()
+    made = path.with_suffix(".csv").read_text()
+    monkeypatch.setattr(train, "main", None)
+    script.main(["--quick"])
+    assert path.with_suffix(".csv").read_text() == made
+
+
+@pytest.mark.parametrize("script", [comm_channels, control, generalise, deepglobe, memory, reach])
+def test_a_picture_can_be_drawn_before_there_are_results(script, tmp_path):
+    script.draw(tmp_path / "empty.png", [])
+    assert (tmp_path / "empty.png").exists()
+
+
+def test_the_control_has_the_same_parameters_and_no_exchange():
+    net, alone = CommNet(3, dropout=0.0).eval(), control.Alone(3, dropout=0.0).eval()
+    alone.load_state_dict(net.state_dict())
+    before, after = torch.rand(2, 1, 3, 8, 8)
+    after[..., 4:, :] = before[..., 4:, :]
+    after[..., 4:] = before[..., 4:]  # all but the first tile
+    differ = [(model(before) != model(after))[..., 4:, 4:].any() for model in (net, alone)]
+    assert differ == [True, False]
+
+
+def test_a_step_that_does_not_fit_is_a_value_in_the_table(tmp_path, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.chdir(tmp_path)
+    for name, value in (("reset_peak_memory_stats", id), ("max_memory_allocated", lambda device: 3 * 2**30)):
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(memory, "GPUS", 1)
+    memory.main(["--quick"])
+    table = tmp_path / "runs/memory-quick/memory.md"
+    assert "| 128x128 | 3.00 | 3.00 | 3.00 | 3.00 |" in table.read_text()
+    (tmp_path / "runs/memory-quick/memory.csv").unlink()
+    monkeypatch.setattr(train, "batch_loss", full)
+    memory.main(["--quick"])
+    assert "| 128x128 | out of memory | out of memory | " in table.read_text()

@@ -64,6 +64,14 @@ def test_with_many_tiles_memory_goes_up_in_a_straight_line():
         assert moved["cpu", "cpu:1"] == whole.moved["cpu", "cpu:1"]
 
 
+@pytest.mark.parametrize("options", ["", "--comm-channels 0", "--recompute"])
+def test_with_many_small_tiles_too_where_the_weights_weigh_as_much_as_the_activations(options):
+    config = configuration(f"--grid 2x6 --width 16 --depth 3 {options}") | {"image_size": (64, 192), "gpus": 2}
+    peak, whole = plan.predict(config)[0], plan.fake_step(config).peak
+    for gpu in ("cpu:1", "cpu:2"):
+        assert peak[gpu] == pytest.approx(whole[gpu], rel=0.03)
+
+
 def test_with_recompute_the_peak_does_not_grow_with_the_number_of_tiles():
     few, many = (plan.fake_step(configuration("--recompute") | {"image_size": (64, 64 * n), "grid": (1, n), "gpus": 1})
                  .peak["cpu:1"] for n in (2, 6))
@@ -121,5 +129,5 @@ def test_what_is_said_to_fit_fits(grid, tenths, ways, monkeypatch):
         gpus = int(way.split()[1]) if "--gpus" in way else 1
         changed = configuration(way if "--grid" in way else f"--grid {grid} {way}") | {"gpus": gpus}
         assert max(plan.predict(changed)[0].values()) <= limit
-    monkeypatch.setattr(plan.os, "sysconf", lambda _: 1)
+    monkeypatch.setattr(plan, "predict", lambda config: ({"cpu:1": limit + 1}, {}))
     assert plan.what_fits(config, [torch.device("cpu")]).startswith("none")
