@@ -93,7 +93,7 @@ def survey(folders: dict[str, ImageFolder], names: list[str] | None,
                         f"({IGNORE} stands for pixels that do not count)")
     mean = sums / pixels
     std = (squares / pixels - mean.square()).clamp(min=0).sqrt()
-    return {"channels": image.shape[2], "classes": names, "colors": colors(names), "mean": mean.tolist(),
+    return {"channels": image.shape[2], "classes": names, "colors": class_colors(names), "mean": mean.tolist(),
             "std": std.where(std > 0, 1).tolist()}, sizes
 
 
@@ -134,8 +134,9 @@ def class_names(root: Path, deepglobe: bool) -> list[str] | None:
     return names
 
 
-def colors(names: list[str]) -> list[tuple[float, float, float]]:
+def class_colors(names: list[str]) -> list[tuple[float, float, float]]:
     """Red, green and blue from 0 to 1 for each class: DeepGlobe's own, else those of a colour map."""
     if names == list(DEEPGLOBE):
         return list(DEEPGLOBE.values())
-    return [tuple(map(float, matplotlib.colormaps["tab20"](i % 20)[:3])) for i in range(len(names))]
+    palette = matplotlib.colormaps["tab10" if len(names) <= 10 else "tab20"]
+    return [tuple(map(float, palette(i % palette.N)[:3])) for i in range(len(names))]

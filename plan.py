@@ -124,10 +124,6 @@ def largest_image(config: dict, memory: float) -> int:
     return int(math.sqrt(max(pixels, 0)))
 
 
-def is_out_of_memory(error: Exception) -> bool:
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in str(error)
-
-
 def what_fits(config: dict, devices: list[torch.device]) -> str:
     """For one who ran out of memory: up to two changes of the command whose training step fits nine tenths of the
     smallest device."""

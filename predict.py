@@ -21,7 +21,6 @@ from PIL import Image  # comes with matplotlib
 
 import checkpoints
 import image_folder
-import plan
 import plots
 import train
 from checkpoints import CheckpointError
@@ -111,8 +110,10 @@ def main(arguments: list[str] | None = None):
     try:
         model, config = train.load_model(asked.checkpoint)
         out.mkdir(parents=True, exist_ok=True)
-    except (CheckpointError, OSError) as error:
+    except CheckpointError as error:
         parser.error(str(error))
+    except OSError as error:
+        parser.error(f"--out {out}: {error.strerror}; name a folder that can be made")
 
     devices = train.find_devices(getattr(asked, "gpus", torch.cuda.device_count()), "tiles")
     model.to(devices[0]).recompute = True  # nothing is remembered of a tile but what it sends
@@ -124,7 +125,7 @@ def main(arguments: list[str] | None = None):
             if asked.masks:
                 counts[path.name] = score(mask, tiling, config, path, asked.masks)
         except (RuntimeError, MemoryError) as error:
-            if not plan.is_out_of_memory(error):
+            if not train.is_out_of_memory(error):
                 raise
             parser.error(f"{path}: out of memory; take a --grid of more tiles")
         except (DataError, OSError) as error:

@@ -284,6 +284,10 @@ def find_devices(gpus: int, tiles: str) -> list[torch.device]:
     return devices
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in str(error)
+
+
 def main(arguments: list[str] | None = None):
     parser = make_parser("Train a domain-decomposed U-Net. Without a GPU, every tile is computed on the CPU.")
     parser.add_argument("--resume", type=Path, metavar="RUN", help="folder of a run to go on with after its last "
@@ -306,12 +310,14 @@ def main(arguments: list[str] | None = None):
     except Diverged as error:
         parser.error(f"{error}: the likely cause is --lr {config['lr']}, take a smaller one. {out} holds the last epoch "
                      "that went well")
-    except (DataError, CheckpointError, OSError) as error:
+    except (DataError, CheckpointError) as error:
         parser.error(str(error))
+    except OSError as error:  # of writing: what cannot be read is a DataError
+        parser.error(f"{out}: cannot be written ({error}); free some space, or name another --out")
     except (RuntimeError, MemoryError) as error:
-        import plan  # which is made of this file
-        if not plan.is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
+        import plan  # which is made of this file
         parser.error(f"out of memory; plan.py says that this would fit: {plan.what_fits(config, devices)}")
     print(f"\ntest IoU of the best epoch, in {metrics['seconds']:.0f} seconds:")
     for name, score in [*metrics["test"]["iou"].items(), ("mean", metrics["test"]["mean_iou"])]:

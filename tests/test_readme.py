@@ -5,14 +5,16 @@ import shlex
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from conftest import ROOT
+from test_image_folder import make_deepglobe, make_folder, save
 
 README = (ROOT / "README.md").read_text()
 COMMANDS = [line.split("#")[0].strip() for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
             for line in block.splitlines() if line.strip() and not line.startswith("#")]
 EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-QUICK = "--train-images 8 --epochs 1 --batch-size 4".split()
+SMALL = "--width 4 --epochs 1 --batch-size 4".split()
 ALONE = {"unet.py", "comm_net.py", "decompose.py", "synthetic.py"}
 
 
@@ -21,14 +23,41 @@ def test_the_readme_leads_with_the_two_commands():
                             "pip install -r requirements.txt && python -m pytest"]
 
 
-@pytest.mark.parametrize("command", sorted({part for line in COMMANDS for part in line.split(" && ")
-                                            if part.startswith("python train.py")}))
-def test_every_training_command_runs(command, tmp_path):
+PARTS = sorted({part for line in COMMANDS for part in line.split(" && ")})
+
+
+def run(command, folder, *more):
+    """A command of the README, in a folder, on the files of this checkout."""
     words = shlex.split(command)
-    result = subprocess.run([sys.executable, ROOT / words[1], *words[2:], *QUICK, "--out", tmp_path / "run"], cwd=tmp_path,
-                            capture_output=True, text=True)
+    return subprocess.run([sys.executable, ROOT / words[1], *words[2:], *more], cwd=folder, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder that holds what the commands speak of: DIR in both layouts, images, masks, a trained network."""
+    place = tmp_path_factory.mktemp("place")
+    make_folder(place / "DIR", 12, size=(64, 64))
+    make_deepglobe(place / "DIR", [str(i) for i in range(12)])
+    save(place / "IMAGE.png", np.zeros((64, 64, 3), np.uint8)), save(place / "ANOTHER.npy", np.zeros((80, 99, 3), np.uint8))
+    save(place / "MASKS/IMAGE.png", np.zeros((64, 64), np.uint8))
+    result = run("python train.py --dataset folder --data DIR", place, *SMALL, "--out", "runs/NAME")
+    assert result.returncode == 0, result.stderr
+    return place
+
+
+@pytest.mark.parametrize("command", [part for part in PARTS if part.startswith("python train.py")])
+def test_every_training_command_runs(command, place, tmp_path):
+    smaller = ["--train-images", "8"] if "--data " not in command else ["--crop", "32"] if "--crop" in command else []
+    result = run(command, place, *SMALL, *smaller, "--out", tmp_path / "run")
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "run/metrics.json").exists()
+
+
+@pytest.mark.parametrize("command", [part for part in PARTS if part.startswith("python predict.py")])
+def test_every_prediction_command_runs(command, place, tmp_path):
+    result = run(command, place, "--out", tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "IMAGE-overlay.png").exists() and (tmp_path / "metrics.json").exists() == ("--masks" in command)
 
 
 @pytest.mark.parametrize("command", [line for line in COMMANDS if "python -m experiments" in line or "python plan" in line])
