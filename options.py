@@ -47,6 +47,13 @@ def size(text: str) -> tuple[int, int]:
     return pair(f"{text}x{text}" if text.isdecimal() else text)
 
 
+def has_bfloat16() -> bool:
+    """Whether the GPUs, or without one the CPU, multiply bfloat16 in hardware."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
 def default_grid(gpus: int) -> tuple[int, int]:
     """2x2 for up to 4 GPUs; else one or two tiles for each, whichever can be laid out closer to a square."""
     if gpus <= 4:
@@ -88,6 +95,8 @@ def make_parser(description: str) -> Parser:
     option("--lr", type=number(0, float), default=0.015, help="peak of the one-cycle learning rate")
     option("--recompute", action="store_true", help="forget every tile's activations and compute them again when they "
            "are needed: memory for one tile per GPU, whatever the image")
+    option("--amp", action=argparse.BooleanOptionalAction, default=unset, help="compute in bfloat16, with weights, "
+           "statistics and sums in float32 (default: where the hardware has it)")
     option("--seed", type=number(0, largest=2**63 - 1), default=0, help="of images, weights, dropout and order")
     option("--out", type=Path, default=unset, help="folder of the run (default: a new one in runs/)")
     return parser
@@ -103,6 +112,7 @@ def parse(arguments: list[str] | None, parser: Parser) -> dict:
 
     rows, columns = config.setdefault("grid", default_grid(config.get("gpus", torch.cuda.device_count())))
     gpus = config.setdefault("gpus", min(torch.cuda.device_count(), rows * columns))
+    config.setdefault("amp", has_bfloat16())
     k, coarse_channels = config["comm_channels"], config["width"] * 2 ** config["depth"]
     if gpus > rows * columns:
         parser.error(f"--gpus {gpus}, but --grid {rows}x{columns} has only {rows * columns} tiles: take fewer GPUs or "

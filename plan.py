@@ -124,11 +124,17 @@ def largest_image(config: dict, memory: float) -> int:
     return int(math.sqrt(max(pixels, 0)))
 
 
+def memory_of(device: torch.device) -> int:
+    """Bytes of a GPU, or of the machine."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 def what_fits(config: dict, devices: list[torch.device]) -> str:
     """For one who ran out of memory: up to two changes of the command whose training step fits nine tenths of the
     smallest device."""
-    memory = 0.9 * min(torch.cuda.get_device_properties(device).total_memory if device.type == "cuda"
-                       else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") for device in devices)
+    memory = 0.9 * min(map(memory_of, devices))
     rows, columns = config["grid"]
     more_gpus = [2**n for n in range(1, 11) if config["gpus"] < 2**n <= rows * columns]
     ways = {"--recompute": {"recompute": True}} | {f"--gpus {n}": {"gpus": n} for n in more_gpus}

@@ -61,8 +61,10 @@ def build_model(config: dict) -> DecomposedUNet:
     width, depth, dropout, k = config["width"], config["depth"], config["dropout"], config["comm_channels"]
     encoder = Encoder(config["channels"], width, depth, dropout)
     encoder.register_forward_pre_hook(Normalise(config["mean"], config["std"]))
-    return DecomposedUNet(encoder, Decoder(len(config["classes"]), width, depth, dropout),
-                          CommNet(k, dropout, config["dilations"]) if k else None, k, config["recompute"])
+    model = DecomposedUNet(encoder, Decoder(len(config["classes"]), width, depth, dropout),
+                           CommNet(k, dropout, config["dilations"]) if k else None, k, config["recompute"])
+    model.amp = config["amp"]
+    return model
 
 
 def load_model(path: Path) -> tuple[DecomposedUNet, dict]:
@@ -82,7 +84,8 @@ def load_model(path: Path) -> tuple[DecomposedUNet, dict]:
 def run_tiles(model, images: Tensor, tiling: Tiling, devices: list, finish) -> list:
     """images (B,C,H,W) -> finish(i, logits) of every tile i, computed on the tile's device."""
     placement = [devices[i % len(devices)] for i in range(len(tiling))]  # tile i lives on cuda:(i mod gpus)
-    return model(tiling.split(images), tiling, placement, finish)
+    with torch.autocast(devices[0].type, torch.bfloat16, enabled=model.amp):  # weights and sums stay in float32
+        return model(tiling.split(images), tiling, placement, finish)
 
 
 def batch_loss(model, images: Tensor, masks: Tensor, tiling: Tiling, devices: list) -> Tensor:

@@ -1,13 +1,15 @@
 """The bare training step against that of the plain U-Net: time and peak memory from 256x256 to 2048x2048 pixels.
 
-    python -m experiments.benchmark --sizes 512 1024 --rounds 3        # 6 minutes on two CPU cores
-    python -m experiments.benchmark --quick          # seconds
+    python -m experiments.benchmark                                       # 20 minutes on two CPU cores
+    python -m experiments.benchmark --sizes 1024 --rounds 3               # 3 minutes
+    python -m experiments.benchmark --sizes 8192 --grid 16x16 --only recompute --rounds 1
+    python -m experiments.benchmark --quick                               # seconds
 
 Forward, loss, backward and Adam on one random image that is there already: no data loading. All contestants take
 turns in one process, so that the ratios hold on a machine whose speed drifts; times are medians over the rounds,
 after a step to warm up. Peak memory is what the allocator says on a GPU, and on a CPU the sum of all tensors alive
-(weights, gradients, Adam's two averages and the image included). Writes runs/benchmark/benchmark.csv and benchmark.png;
-the last line of the output is JSON.
+(weights, gradients, Adam's two averages and the image included). Contestants that the memory does not hold are shown
+as such. Writes runs/benchmark/benchmark.csv and benchmark.png; the last line of the output is JSON.
 """
 
 import argparse
@@ -22,27 +24,29 @@ from torch.utils._pytree import tree_leaves
 
 import checkpoints
 import options
+import plan
 import plots
 import train
-from decompose import Tiling
-from plan import LiveMemory
 
-CONTESTANTS = {"plain U-Net": ("1x1", False), "decomposed": ("grid", False), "decomposed, recompute": ("grid", True)}
+PLAIN = {"grid": (1, 1), "comm_channels": 0}
+CONTESTANTS = {"plain U-Net": PLAIN, "plain U-Net, bf16": PLAIN | {"amp": True}, "decomposed": {},
+               "decomposed, bf16": {"amp": True}, "recompute": {"recompute": True},
+               "recompute, bf16": {"recompute": True, "amp": True}}
+FIRST = "plain U-Net"  # whose time and memory are 1
 
 
 class Contestant:
     """One model and one image on it: `step()` is a training step, `seconds()` and `peak_mib()` measure one."""
 
-    def __init__(self, size: int, grid: tuple[int, int], recompute: bool, width: int, depth: int, device: torch.device):
+    def __init__(self, config: dict, device: torch.device):
+        self.before = torch.cuda.memory_allocated() if device.type == "cuda" else 0
         torch.manual_seed(0)
-        k = 0 if grid == (1, 1) else min(32, width * 2**depth)
-        self.model = train.build_model({"channels": 1, "classes": "abc", "width": width, "depth": depth, "dropout": 0.1,
-                                        "comm_channels": k, "dilations": [1, 1, 1], "recompute": recompute,
-                                        "mean": [0.0], "std": [1.0]}).to(device)
+        self.model = train.build_model(config).to(device)
         self.optimizer = torch.optim.Adam(self.model.parameters(), fused=True)
-        self.tiling, self.device = Tiling((size, size), grid, 2**depth), device
-        self.image = torch.rand(1, 1, size, size)
-        self.mask = torch.randint(0, 3, (1, size, size), dtype=torch.uint8)
+        self.tiling, self.device = options.build_tiling(config, config["image_size"]), device
+        self.image = torch.rand(1, config["channels"], *config["image_size"])
+        self.mask = torch.randint(0, len(config["classes"]), (1, *config["image_size"]), dtype=torch.uint8)
+        self.step()  # warms up, and makes Adam's averages
 
     def step(self):
         self.optimizer.zero_grad()
@@ -60,8 +64,8 @@ class Contestant:
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
             self.step()
-            return torch.cuda.max_memory_allocated() / 2**20
-        with LiveMemory() as memory:
+            return (torch.cuda.max_memory_allocated() - self.before) / 2**20
+        with plan.LiveMemory() as memory:
             averages = self.optimizer.state_dict()["state"]
             for tensor in tree_leaves([self.model.state_dict(), averages, self.image, self.mask]):
                 memory.follow(tensor)
@@ -69,64 +73,99 @@ class Contestant:
         return memory.peak["cpu"] / 2**20
 
 
-def measure(size: int, grid: tuple[int, int], width: int, depth: int, rounds: int, device: torch.device) -> list[dict]:
-    contestants = {name: Contestant(size, (1, 1) if shape == "1x1" else grid, recompute, width, depth, device)
-                   for name, (shape, recompute) in CONTESTANTS.items()}
-    for contestant in contestants.values():
-        contestant.step()  # warms up, and makes Adam's averages
-    peaks = {name: contestant.peak_mib() for name, contestant in contestants.items()}
-    times = {name: [] for name in contestants}
+def enter(config: dict, device: torch.device) -> tuple[Contestant, float] | None:
+    """A contestant and its peak, or None if it does not fit. On a CPU that is calculated before: nobody survives it."""
+    if device.type == "cpu" and plan.predict(config)[0]["cpu:1"] > 0.9 * plan.memory_of(device):
+        return None
+    try:
+        contestant = Contestant(config, device)
+        return contestant, contestant.peak_mib()
+    except torch.OutOfMemoryError:
+        return None
+
+
+def measure(config: dict, names: list[str], rounds: int, device: torch.device) -> list[dict]:
+    entered = {name: enter(config | CONTESTANTS[name], device) for name in names}
+    times = {name: [] for name in names}
     for _ in range(rounds):
-        for name, contestant in contestants.items():
-            times[name].append(contestant.seconds())
-    rows = []
-    for name in contestants:
-        seconds = statistics.median(times[name])
-        ratios = [a / b for a, b in zip(times[name], times["plain U-Net"])]
-        rows.append({"size": size, "model": name, "seconds": round(seconds, 4),
-                     "megapixels_per_second": round(size**2 / 1e6 / seconds, 4),
-                     "peak_mib": round(peaks[name], 1), "time_ratio": round(statistics.median(ratios), 3),
-                     "memory_ratio": round(peaks[name] / peaks["plain U-Net"], 4)})
+        for name in names:
+            times[name].append(entered[name][0].seconds() if entered[name] else None)
+    rows, (height, width) = [], config["image_size"]
+    for name in names:
+        row = dict.fromkeys(("size", "model", "seconds", "megapixels_per_second", "peak_mib", "time_ratio", "memory_ratio"))
+        row |= {"size": height, "model": name}
+        if entered[name]:
+            seconds = statistics.median(times[name])
+            row |= {"seconds": round(seconds, 4), "megapixels_per_second": round(height * width / 1e6 / seconds, 4),
+                    "peak_mib": round(entered[name][1], 1)}
+            if entered.get(FIRST):
+                row["time_ratio"] = round(statistics.median(a / b for a, b in zip(times[name], times[FIRST])), 3)
+                row["memory_ratio"] = round(entered[name][1] / entered[FIRST][1], 4)
+        rows.append(row)
     return rows
 
 
 def draw(rows: list[dict], path: Path):
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
-    for name in CONTESTANTS:
-        mine = [row for row in rows if row["model"] == name]
-        pixels = [row["size"] ** 2 for row in mine]
-        left.loglog(pixels, [row["seconds"] for row in mine], "o-", label=name)
-        right.loglog(pixels, [row["peak_mib"] for row in mine], "o-", label=name)
-    left.set(xlabel="pixels", ylabel="seconds per training step")
-    right.set(xlabel="pixels", ylabel="peak memory, MiB")
-    for axes in (left, right):
+    """Time and memory against pixels; a cross at the upper edge where a contestant ran out of memory."""
+    figure, panels = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    for axes, value, label in zip(panels, ("seconds", "peak_mib"), ("seconds per training step", "peak memory, MiB")):
+        for i, name in enumerate(CONTESTANTS):
+            mine = [row for row in rows if row["model"] == name]
+            fits, full = ([row for row in mine if (row[value] is not None) == known] for known in (True, False))
+            style = {"color": f"C{i // 2}", "linestyle": "--" if "bf16" in name else "-"}
+            if mine:
+                axes.loglog([row["size"] ** 2 for row in fits], [row[value] for row in fits], marker="o", label=name, **style)
+            for row in full:
+                axes.plot(row["size"] ** 2, 0.96, "x", color=style["color"], transform=axes.get_xaxis_transform())
+        axes.set(xlabel="pixels (x: out of memory)", ylabel=label)
         axes.grid(alpha=0.3)
-    right.legend()
+    if rows:
+        panels[0].legend()
     plots.save(figure, path)
+
+
+def say(row: dict) -> str:
+    if row["seconds"] is None:
+        return f"{row['size']}x{row['size']}  {row['model']:22} out of memory"
+    ratios = [f" ({row[name]:.{digits}f}x)" if row[name] is not None else "" for name, digits in (("time_ratio", 2), ("memory_ratio", 3))]
+    return (f"{row['size']}x{row['size']}  {row['model']:22} {row['seconds']:8.3f} s{ratios[0]}  "
+            f"{row['peak_mib']:8.1f} MiB{ratios[1]}")
 
 
 def main(arguments: list[str] | None = None):
     parser = options.Parser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--sizes", type=options.number(1), nargs="+", default=[256, 512, 1024, 2048],
-                        help="sides of the image")
-    parser.add_argument("--grid", type=options.pair, default="8x8", help="tiles of the decomposed models")
-    parser.add_argument("--width", type=options.number(1), default=16, help="channels of the first level")
-    parser.add_argument("--depth", type=options.number(1), default=4, help="number of poolings")
-    parser.add_argument("--rounds", type=options.number(1), default=5, help="steps of each contestant")
-    parser.add_argument("--quick", action="store_true", help="a smoke run")
+    option, number = parser.add_argument, options.number
+    option("--sizes", type=number(16), nargs="+", default=[256, 512, 1024, 2048], help="sides of the image")
+    option("--grid", type=options.pair, default="8x8", help="tiles of the decomposed models")
+    option("--width", type=number(1), default=16, help="channels of the first level")
+    option("--depth", type=number(1), default=4, help="number of poolings")
+    option("--channels", type=number(1), default=1, help="of the image")
+    option("--classes", type=number(2), default=3, help="of the mask")
+    option("--comm-channels", type=number(0), default=32, help="communicated channels")
+    option("--rounds", type=number(1), default=5, help="steps of each contestant")
+    option("--only", default="", metavar="WORD", help="contestants with this word in their name")
+    option("--quick", action="store_true", help="a smoke run")
     asked = parser.parse_args(arguments)
     if asked.quick:
-        asked.sizes, asked.grid, asked.width, asked.depth, asked.rounds = [32, 64], (2, 2), 2, 2, 1
+        asked.sizes, asked.grid, asked.width, asked.depth, asked.rounds, asked.comm_channels = [64], (2, 2), 2, 2, 1, 8
+    names = [name for name in CONTESTANTS if asked.only in name]
+    config = {"width": asked.width, "depth": asked.depth, "channels": asked.channels, "classes": range(asked.classes),
+              "dropout": 0.1, "comm_channels": asked.comm_channels, "dilations": [1, 1, 1], "recompute": False, "amp": False,
+              "mean": [0.0] * asked.channels, "std": [1.0] * asked.channels, "grid": asked.grid, "overlap": 0,
+              "batch_size": 1, "gpus": 0}
+    for size in asked.sizes:
+        try:
+            options.build_tiling(config | {"image_size": (size, size)}, (size, size))
+        except ValueError as error:
+            parser.error(f"--sizes {size}: {error}")
     folder = Path("runs/benchmark-quick" if asked.quick else "runs/benchmark")
     folder.mkdir(parents=True, exist_ok=True)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
     rows = []
     for size in asked.sizes:
-        rows += measure(size, asked.grid, asked.width, asked.depth, asked.rounds, device)
-        for row in rows[-len(CONTESTANTS):]:
-            print(f"{size}x{size}  {row['model']:22} {row['seconds']:8.3f} s ({row['time_ratio']:.2f}x)  "
-                  f"{row['peak_mib']:8.1f} MiB ({row['memory_ratio']:.3f}x)", flush=True)
+        rows += measure(config | {"image_size": (size, size)}, names, asked.rounds, device)
+        print("\n".join(say(row) for row in rows[-len(names):]), flush=True)
         checkpoints.write_log(folder / "benchmark.csv", rows)
         draw(rows, folder / "benchmark.png")
     print(json.dumps({"device": str(device), "threads": torch.get_num_threads(), "torch": torch.__version__,

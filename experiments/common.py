@@ -36,14 +36,15 @@ def make_parser(description: str) -> options.Parser:
 
 def trained(out: Path, options: list[str], comm_net: type[nn.Module] = CommNet) -> dict:
     """The metrics of the run in the folder `out`. It is trained now, unless it has been trained before; an interrupted
-    run goes on. comm_net: another communication network than that of comm_net.py."""
+    run goes on. In float32, so that the hardware makes no difference. comm_net: another communication network than that
+    of comm_net.py."""
     if not (out / "metrics.json").exists():
         resume = (out / "last.pt").exists()
         if not resume:
             shutil.rmtree(out, ignore_errors=True)
         print(f"\n{out}: python train.py {' '.join(options)}", flush=True)
         with mock.patch("train.CommNet", comm_net):
-            train.main(["--resume", str(out)] if resume else [*options, "--out", str(out)])
+            train.main(["--resume", str(out)] if resume else ["--no-amp", *options, "--out", str(out)])
     return json.loads((out / "metrics.json").read_text())
 
 

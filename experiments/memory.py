@@ -28,7 +28,7 @@ from options import Parser, build_tiling, number
 
 NETWORK = {"width": 64, "depth": 4, "channels": 3, "classes": range(7), "comm_channels": 64, "dilations": [1, 1, 1],
            "dropout": 0.1, "recompute": False, "batch_size": 1, "grid": (8, 8), "overlap": 0,
-           "mean": [0.0] * 3, "std": [1.0] * 3}
+           "mean": [0.0] * 3, "std": [1.0] * 3, "amp": False}
 PLAIN, SILENT, TALKING, RECOMPUTED = MODELS = (
     "plain U-Net", "without communication", "with communication", "with communication, --recompute")
 CHANGES = {PLAIN: {"grid": (1, 1), "gpus": 1, "comm_channels": 0}, SILENT: {"comm_channels": 0}, TALKING: {},

@@ -15,7 +15,7 @@ CPU = torch.device("cpu")
 B, L, K, WIDTH, DEPTH = 3, 3, 8, 4, 2
 CONFIG = {"channels": 1, "classes": LinesAndCircles.classes, "width": WIDTH, "depth": DEPTH, "dropout": 0.0,
           "comm_channels": K, "dilations": [1, 2], "recompute": False,
-          "mean": [0.5], "std": [2.0]}
+          "mean": [0.5], "std": [2.0], "amp": False}
 
 
 def one_step(grid, devices):

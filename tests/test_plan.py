@@ -6,7 +6,7 @@ import plan
 import train
 from options import build_tiling, make_parser, parse
 
-SMALL = "--width 4 --depth 2 --batch-size 1 --comm-channels 4 --image-size 128 --out none"
+SMALL = "--width 4 --depth 2 --batch-size 1 --comm-channels 4 --image-size 128 --no-amp --out none"
 
 
 def test_live_memory_counts_storages_until_they_are_freed():
@@ -50,7 +50,8 @@ def real_step(config: dict) -> int:
 
 
 @pytest.mark.parametrize("options", [
-    "--grid 1x1 --comm-channels 0", "--grid 1x3", "--grid 2x2 --recompute", "--grid 3x1 --overlap 8 --recompute --dropout 0.1"])
+    "--grid 1x1 --comm-channels 0", "--grid 1x3", "--grid 2x2 --recompute", "--grid 3x1 --overlap 8 --recompute --dropout 0.1",
+    "--grid 2x2 --amp", "--grid 2x2 --recompute --amp"])
 def test_the_prediction_is_a_real_step_within_two_percent(options):
     config = configuration(options)
     assert plan.fake_step(config).peak["cpu:1"] == pytest.approx(real_step(config), rel=0.02)

@@ -8,7 +8,7 @@ from decompose import DecomposedUNet, Tiling
 
 CPU = torch.device("cpu")
 CONFIG = {"channels": 1, "classes": "abc", "width": 4, "depth": 2, "dropout": 0.0, "comm_channels": 8,
-          "dilations": [1, 1, 1], "recompute": False, "mean": [0.5], "std": [2.0]}
+          "dilations": [1, 1, 1], "recompute": False, "mean": [0.5], "std": [2.0], "amp": False}
 
 
 def one_step(size, tiling, **changes):

@@ -1,0 +1,57 @@
+"""`--amp` computes in bfloat16 what float32 would give up to rounding, and keeps weights, statistics and sums in float32."""
+
+import pytest
+import torch
+
+import metrics
+import options
+import train
+from decompose import Tiling
+
+CPU = torch.device("cpu")
+CONFIG = {"channels": 1, "classes": "abc", "width": 8, "depth": 2, "dropout": 0.0, "comm_channels": 8,
+          "dilations": [1, 1, 1], "recompute": False, "mean": [0.5], "std": [2.0], "amp": False}
+
+
+def one_step(**changes):
+    """Loss, gradients as one vector, and the network after a step from the same weights."""
+    torch.manual_seed(0)
+    model = train.build_model(CONFIG | changes)
+    images, masks = torch.randn(2, 1, 44, 64), torch.randint(0, 3, (2, 44, 64), dtype=torch.uint8)
+    kinds = []
+    model.decoder.head.register_forward_hook(lambda module, inputs, out: kinds.append(out.dtype))
+    loss = train.batch_loss(model, images, masks, Tiling((44, 64), (2, 3), 4), [CPU])
+    loss.backward()
+    return loss, torch.cat([weight.grad.flatten() for weight in model.parameters()]), model, set(kinds)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_loss_and_gradients_are_those_of_float32_up_to_rounding(recompute):
+    (loss, gradient, _, _), (rounded, rounded_gradient, model, kinds) = one_step(), one_step(amp=True, recompute=recompute)
+    assert kinds == {torch.bfloat16} and rounded.dtype == torch.float32 and rounded != loss
+    assert rounded.item() == pytest.approx(loss.item(), rel=0.01)
+    assert torch.cosine_similarity(gradient, rounded_gradient, dim=0) > 0.97
+    tensors = [*model.parameters(), *(b for b in model.buffers() if b.is_floating_point()), rounded_gradient]
+    assert all(tensor.dtype == torch.float32 for tensor in tensors)
+
+
+def test_recompute_is_the_same_with_amp():
+    (loss, gradient, model, _), (again, gradient_again, model_again, _) = one_step(amp=True), one_step(amp=True, recompute=True)
+    assert loss == again and torch.cosine_similarity(gradient, gradient_again, dim=0) > 0.999
+    assert all(torch.equal(a, b) for a, b in zip(model.buffers(), model_again.buffers()))
+
+
+def test_the_sums_of_a_large_image_are_exact():
+    """4096x4096 pixels are 2^24, the last whole number up to which float32 counts, and far beyond bfloat16 (2^8)."""
+    logits = torch.tensor([-300.0, 300.0], dtype=torch.bfloat16)[None, :, None, None].expand(1, 2, 4096, 4096)
+    sums = metrics.loss_sums(logits, torch.ones(1, 4096, 4096, dtype=torch.uint8))
+    assert sums.dtype == torch.float32 and sums.tolist() == [0, 2**24, 0, 2**25, 0, 2**24]
+
+
+def test_it_is_on_where_the_hardware_has_it_unless_asked_otherwise(monkeypatch, tmp_path):
+    def asked(*arguments):
+        return options.parse([*arguments, "--out", str(tmp_path / "new")], options.make_parser(""))["amp"]
+
+    for has in (False, True):
+        monkeypatch.setattr(options, "has_bfloat16", lambda: has)
+        assert (asked(), asked("--amp"), asked("--no-amp")) == (has, True, False)
