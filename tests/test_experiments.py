@@ -35,8 +35,8 @@ def test_the_benchmark_ends_with_a_line_of_json(tmp_path, monkeypatch, capsys):
 
 def test_a_contestant_that_does_not_fit_is_out_of_memory(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(plan, "memory_of", lambda device: 2**20)
-    benchmark.main(["--sizes", "128", "--width", "4", "--depth", "2", "--comm-channels", "8", "--rounds", "1"])
+    monkeypatch.setattr(plan, "predict", lambda config: ({"cpu:1": 0 if config["recompute"] else 2**60}, {}))
+    benchmark.main("--sizes 32 --grid 2x2 --width 2 --depth 2 --comm-channels 8 --rounds 1".split())
     said = capsys.readouterr().out.splitlines()
     assert [line.endswith("out of memory") for line in said[:-1]] == ["recompute" not in line for line in said[:-1]]
     assert json.loads(said[-1])["rows"][0]["seconds"] is None and json.loads(said[-1])["rows"][-1]["time_ratio"] is None
