@@ -88,9 +88,9 @@ def survey(folders: dict[str, ImageFolder], names: list[str] | None,
     progress("")
 
     names = names or [f"class {i}" for i in range(largest + 1)]
-    if len(names) < 2:
-        raise DataError(f"{mask_path.parent}: the masks know a single class, 0; save the others as 1, 2, ... "
-                        f"({IGNORE} stands for pixels that do not count)")
+    if largest == 0:
+        raise DataError(f"{mask_path.parent}: the masks know a single class, 0; save the others as 1, 2, ... (a pixel of "
+                        f"{IGNORE} does not count: if it shall be a class, save it as 1)")
     mean = sums / pixels
     std = (squares / pixels - mean.square()).clamp(min=0).sqrt()
     return {"channels": image.shape[2], "classes": names, "colors": class_colors(names), "mean": mean.tolist(),

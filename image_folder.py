@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image  # comes with matplotlib, which reads a palette as colours where a mask needs its indices
+from PIL import Image, ImageOps  # comes with matplotlib, which reads a palette as colours where a mask needs its indices
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -58,13 +58,13 @@ def open_array(path: Path, dimensions: tuple[int, ...], shape: str) -> np.ndarra
 
 def read_image(path: Path) -> np.ndarray:
     """(H,W,C) in the type of the file: uint8 or uint16 for pictures, any for .npy, which is mapped and not read."""
-    if path.suffix == ".npy":
+    if path.suffix.lower() == ".npy":
         image = open_array(path, (2, 3), "(H,W) or (H,W,C)")
         if image.ndim == 3 and image.shape[2] > 64:
             raise DataError(f"{path}: an array of shape {image.shape} has {image.shape[2]} channels; (H,W,C) was "
                             "expected, so if it is (C,H,W) save array.transpose(1, 2, 0)")
     else:
-        picture = open_picture(path)
+        picture = ImageOps.exif_transpose(open_picture(path))  # cameras store how they were held
         if picture.mode.startswith("I"):
             image = np.array(picture).astype(np.uint16)
         else:
@@ -74,7 +74,7 @@ def read_image(path: Path) -> np.ndarray:
 
 def read_mask(path: Path) -> np.ndarray:
     """(H,W) class indices in the type of the file."""
-    if path.suffix == ".npy":
+    if path.suffix.lower() == ".npy":
         mask = open_array(path, (2,), "(H,W)")
     else:
         picture = open_picture(path)
@@ -120,7 +120,8 @@ def files(folder: Path, ending: str = "") -> dict[str, Path]:
         raise DataError(f"{folder}: no such folder; see the top of image_folder.py for the layout")
     found = {}
     for path in sorted(folder.iterdir()):
-        if path.suffix.lower() in (*PICTURES, ".npy") and path.stem.endswith(ending):
+        hidden = path.name.startswith(".")
+        if path.suffix.lower() in (*PICTURES, ".npy") and path.stem.endswith(ending) and not hidden:
             name = path.stem.removesuffix(ending)
             if name in found:
                 raise DataError(f"{path}: {found[name].name} has the same name; keep one of the two")

@@ -170,13 +170,14 @@ def cut(size: tuple[int, int], grid: tuple[int, int], cell: int, overlap: int) -
 
 def build_tiling(config: dict, size: tuple[int, int], grid: tuple[int, int] | None = None) -> Tiling:
     """How an image of this size is cut: as `grid` says; else the size to learn from as --grid says, and every other
-    size into tiles no larger than those, or than 256x256 if those are small. ValueError: it cannot be."""
+    size into tiles no larger than those (larger images: or than 256x256, if those are small). ValueError: it cannot be."""
     cell, overlap = 2 ** config["depth"], config["overlap"]
     if grid is None:
         grid = config["grid"]
         if tuple(size) != tuple(config["image_size"]):
             top, bottom, left, right = cut(tuple(config["image_size"]), tuple(grid), cell, 0).boxes[0]
-            grid = [-(-pixels // max(tile, SMALL)) for pixels, tile in zip(size, (bottom - top, right - left))]
+            least = SMALL if math.prod(size) > math.prod(config["image_size"]) else 0
+            grid = [-(-pixels // max(tile, least)) for pixels, tile in zip(size, (bottom - top, right - left))]
     return cut(tuple(size), tuple(grid), cell, overlap)
 
 

@@ -41,19 +41,19 @@ def predict(model: DecomposedUNet, config: dict, path: Path, grid, devices: list
         tiling = build_tiling(config, image.shape[:2], grid)
     except ValueError as error:
         raise DataError(f"{path}: {error}; take another --grid") from None
-    mask_path = out / (path.stem + (".npy" if path.suffix == ".npy" else ".png"))
+    mask_path = out / (path.stem + (".npy" if path.suffix.lower() == ".npy" else ".png"))
     overlay_path = out / f"{path.stem}-overlay.png"
     for written in (mask_path, overlay_path):
         if written.exists():
             raise DataError(f"{written}: is there already; remove it, or take another --out")
 
     with checkpoints.whole_file(mask_path) as unfinished:
-        if path.suffix == ".npy":
+        if path.suffix.lower() == ".npy":
             mask = np.lib.format.open_memmap(unfinished, mode="w+", dtype=np.uint8, shape=image.shape[:2])
         else:
             mask = np.empty(image.shape[:2], np.uint8)
         train.segment(model, torch.from_numpy(image).permute(2, 0, 1)[None], tiling, devices, torch.from_numpy(mask)[None])
-        if path.suffix == ".npy":
+        if path.suffix.lower() == ".npy":
             mask.flush()
         else:
             picture = Image.fromarray(mask)
@@ -107,6 +107,10 @@ def main(arguments: list[str] | None = None):
     twice = [name for name, count in Counter(path.stem for path in asked.images).items() if count > 1]
     if twice:
         parser.error(f"two images are named {twice[0]}, and so would be their masks; predict them one after the other")
+    if asked.masks and not asked.masks.is_dir():
+        parser.error(f"--masks {asked.masks}: no such folder")
+    if asked.masks and (out / "metrics.json").exists():
+        parser.error(f"{out / 'metrics.json'}: is there already; remove it, or take another --out")
     try:
         model, config = train.load_model(asked.checkpoint)
         out.mkdir(parents=True, exist_ok=True)
@@ -146,4 +150,7 @@ def main(arguments: list[str] | None = None):
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -15,6 +15,7 @@ import collections
 import functools
 import math
 import resource
+import shlex
 import statistics
 import sys
 import time
@@ -300,6 +301,10 @@ def main(arguments: list[str] | None = None):
         if config["resume"]:
             out = config["resume"]
             state, (_, config) = checkpoints.load(out / "last.pt", Run.PARTS), load_model(out / "last.pt")
+            if config["dataset"] != "synthetic":
+                found = describe(config, show_progress)
+                if any(config[name] != value for name, value in found.items()):
+                    raise DataError(f"{config['data']}: the images are not those of the run; put them back, or train anew")
             print(f"{out}: {len(state['rows'])} of {config['epochs']} epochs are done")
         else:
             out = Path(config["out"])
@@ -309,7 +314,8 @@ def main(arguments: list[str] | None = None):
         devices = find_devices(config["gpus"], f"{rows}x{columns} tiles")
         metrics = train(config, devices, out, state)
     except KeyboardInterrupt:
-        parser.exit(130, f"\nstopped; go on with: python train.py --resume {out}\n")
+        go_on = f"go on with: python train.py --resume {shlex.quote(str(out))}" if (out / "last.pt").exists() else "nothing is lost"
+        parser.exit(130, f"\nstopped; {go_on}\n")
     except Diverged as error:
         parser.error(f"{error}: the likely cause is --lr {config['lr']}, take a smaller one. {out} holds the last epoch "
                      "that went well")

@@ -75,6 +75,19 @@ def test_a_mask_is_the_indices_that_were_saved(name, mode, kind, tmp_path):
     assert np.array_equal(image_folder.read_mask(save(tmp_path / name, array, mode)), MASK)
 
 
+def test_what_cameras_and_file_managers_do_is_undone(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 3  # held upside down
+    (tmp_path / "a").mkdir()
+    Image.fromarray(GREY).save(tmp_path / "a/turned.PNG", exif=exif)
+    (tmp_path / "a/._turned.png").write_text("of a file manager")
+    save(tmp_path / "a/array.npy", GREY).rename(tmp_path / "a/array.NPY")
+    found = image_folder.files(tmp_path / "a")
+    assert set(found) == {"turned", "array"}
+    assert np.array_equal(image_folder.read_image(found["turned"])[..., 0], GREY[::-1, ::-1])
+    assert np.array_equal(image_folder.read_image(found["array"])[..., 0], GREY)
+
+
 def test_the_palette_of_a_mask_is_not_its_classes(tmp_path):
     picture = Image.fromarray(MASK)
     picture.putpalette([200, 10, 10, 10, 200, 10, 10, 10, 200])

@@ -131,7 +131,7 @@ def test_a_broken_image_is_skipped_and_the_others_are_done(grey, tmp_path, capsy
     ("grey.png", "--grid 99x1", "99 rows of tiles: an image of 32x32 pixels"),
     ("grey.png", "--grid 0x2", "--grid: '0x2' is not two numbers of 1 or more"),
     ("grey.png", "--gpus 0", "--gpus: '0' is not a number of 1 or more"),
-    ("grey.png", "--masks nowhere", "nowhere/grey.npy: cannot be read"),
+    ("grey.png", "--masks nowhere", "--masks nowhere: no such folder"),
     ("grey.png", "--out .", "grey.png: is there already"),
     ("grey.png", "--out color.png", "color.png"),
     ("grey.png", "other/grey.npy", "two images are named grey")])
@@ -178,6 +178,28 @@ def test_a_folder_of_several_sizes_trains_on_crops_and_on_whole_images(tmp_path)
         metrics = json.loads((tmp_path / name / "metrics.json").read_text())
         assert metrics["config"]["classes"] == ["class 0", "class 1", "class 2"] and metrics["test"]["mean_iou"] > 0
     assert json.loads((tmp_path / "crops/metrics.json").read_text())["config"]["image_size"] == [24, 32]
+
+
+def test_scores_that_are_there_are_not_replaced(grey, tmp_path, capsys):
+    image = save(tmp_path / "a.png", np.zeros((32, 32), np.uint8))
+    before = (grey.parent / "metrics.json").read_bytes()
+    assert run(grey, image, "--masks", tmp_path, "--out", grey.parent) == 2
+    assert "metrics.json: is there already" in capsys.readouterr().err
+    assert (grey.parent / "metrics.json").read_bytes() == before and not (grey.parent / "a.png").exists()
+
+
+@pytest.mark.parametrize("change", ["value", "image"])
+def test_a_run_does_not_go_on_with_other_images(change, tmp_path, capsys):
+    make_folder(tmp_path / "data", 12)
+    train.main([*SMALL, "--dataset", "folder", "--data", str(tmp_path / "data"), "--out", str(tmp_path / "run")])
+    for i in range(12):
+        if change == "value":
+            save(tmp_path / f"data/train/masks/{i}.png", np.full((16, 24), 77, np.uint8))
+        else:
+            save(tmp_path / f"data/train/images/{i}.png", np.zeros((16, 24, 3), np.uint8))
+    with pytest.raises(SystemExit, match="2"):
+        train.main(["--resume", str(tmp_path / "run")])
+    assert "the images are not those of the run" in capsys.readouterr().err
 
 
 def test_2448_pixels_train_in_uneven_tiles_without_padding(tmp_path):
