@@ -38,23 +38,30 @@ def uninterrupted(tmp_path_factory):
     return contents(out), time.perf_counter() - started
 
 
+def epochs_logged(run) -> int:
+    return max(len((run / "log.csv").read_text().splitlines()) - 1, 0) if (run / "log.csv").exists() else 0
+
+
 def test_a_run_killed_at_any_instant_and_resumed_is_the_run_never_interrupted(tmp_path, uninterrupted):
     (tensors, rows, steps), seconds = uninterrupted
-    chance = random.Random(0)
+    chance, unfinished = random.Random(0), 0
     for kill in range(int(os.environ.get("KILLS", 3))):
         out = tmp_path / str(kill)
         run = subprocess.Popen([sys.executable, ROOT / "train.py", *OPTIONS, "--out", out], stdout=subprocess.DEVNULL)
-        while not (out / "last.pt").exists():
-            time.sleep(0.01)
-        time.sleep(chance.uniform(0, seconds))
+        epoch = kill % 5 + 1 if kill < 5 else chance.randrange(6)  # then at any instant of it
+        while run.poll() is None and (epochs_logged(out) < epoch or not (out / "last.pt").exists()):
+            time.sleep(0.002)
+        time.sleep(chance.uniform(0, seconds / 20))
         run.send_signal(signal.SIGKILL)
         run.wait()
         done = len(checkpoints.load(out / "last.pt")["rows"])
+        unfinished += done < 6
         train.main(["--resume", str(out)])
         mine = contents(out)
         assert all(torch.equal(a, b) for a, b in zip(mine[0], tensors, strict=True)), f"killed after {done} epochs"
         assert mine[1:] == (rows, steps) and not list(out.glob("*.unfinished*"))
         print(f"kill {kill + 1}: after {done} epochs, resumed to equal weights and log")
+    assert unfinished >= 2  # the others had come to their end
 
 
 def test_ctrl_c_says_how_to_go_on(tmp_path, monkeypatch, capsys):
