@@ -17,7 +17,7 @@ class CheckpointError(ValueError):
 @contextmanager
 def whole_file(path: Path):
     """A path to write to. Only when the block ends well does it take the place of what stood at `path`."""
-    unfinished = path.with_stem(path.stem + ".unfinished")
+    unfinished = path.with_name(f".unfinished-{path.name}")
     try:
         yield unfinished
         os.replace(unfinished, path)
@@ -38,7 +38,7 @@ def load(path: Path, needs: tuple[str, ...] = ("config", "model")) -> dict:
     """What `save` wrote, with its tensors on the CPU. CheckpointError: it is not there, is damaged, lacks one of the
     entries that it needs, or holds anything but data."""
     if not path.is_file():
-        raise CheckpointError(f"{path}: no such file; name a checkpoint that train.py wrote")
+        raise CheckpointError(f"{path}: no such file; name a checkpoint that train.py wrote, runs/NAME/best.pt")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file fails in as many ways as there are places in it

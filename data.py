@@ -45,8 +45,8 @@ def describe(config: dict, progress: Callable) -> dict:
     else:
         names = class_names(Path(config["data"]), config["dataset"] == "deepglobe")
         known, sizes = survey(datasets, names, progress)
-        print(f"{len(known['classes'])} classes ({', '.join(known['classes'])}), {known['channels']} channels, "
-              + ", ".join(f"{len(data)} images for {split}" for split, data in datasets.items()))
+        print(f"{len(known['classes'])} classes ({', '.join(known['classes'])}), {known['channels']}-channel images: "
+              + ", ".join(f"{len(data)} for {split}" for split, data in datasets.items()))
     return known | {"image_size": check_sizes(config, sizes, len(data))}
 
 
@@ -63,34 +63,42 @@ def survey(folders: dict[str, ImageFolder], names: list[str] | None,
     where white is 1), and the sizes of the training images: {(H, W): an image of that size}.
     """
     pairs = [(folder, pair) for folder in folders.values() for pair in folder.pairs]
-    sums, squares, pixels, largest, kinds, sizes = 0, 0, 0, 0, {}, {}
+    sums, squares, pixels, kinds, sizes = 0, 0, 0, {}, {}
+    occurring = {folder: set() for folder in folders.values()}
     for done, (folder, (image_path, mask_path)) in enumerate(pairs, start=1):
         progress(f"looking at image {done} of {len(pairs)}")
         image, mask = read_image(image_path), folder.read_mask(mask_path)
-        kinds.setdefault(f"{image.shape[2]} channels of {image.dtype}", image_path)
-        if len(kinds) > 1:
-            raise DataError(f"{image_path}: " + ", but {} has ".join(reversed(kinds)).format(next(iter(kinds.values())).name)
-                            + "; convert the images to one kind")
         if image.shape[:2] != mask.shape:
             raise DataError(f"{image_path}: {image.shape[0]}x{image.shape[1]} pixels, but its mask {mask_path.name} has "
-                            f"{mask.shape[0]}x{mask.shape[1]}; they must be equal")
+                            f"{mask.shape[0]}x{mask.shape[1]}; they must be equal"
+                            + "; if the array is (C,H,W), save array.transpose(1, 2, 0)" * (image.shape[1:] == mask.shape))
+        kinds.setdefault(f"{image.shape[2]}-channel {image.dtype}", image_path)
+        if len(kinds) > 1:
+            raise DataError(f"{image_path}: " + ", but {} is ".join(reversed(kinds)).format(next(iter(kinds.values())).name)
+                            + "; convert the images to one kind")
         if folder.crop and (mask.shape[0] < folder.crop[0] or mask.shape[1] < folder.crop[1]):
             raise DataError(f"{image_path}: {mask.shape[0]}x{mask.shape[1]} pixels are fewer than --crop "
                             f"{folder.crop[0]}x{folder.crop[1]}; take a smaller crop")
-        largest = max(largest, largest_index(mask, mask_path, len(names) if names else IGNORE))
-        for x in map(torch.from_numpy, blocks(image)):
-            x = x.double() / scale(x)
-            if not x.isfinite().all():
-                raise DataError(f"{image_path}: holds nan or inf; replace them")
+        occurring[folder] |= indices(mask, mask_path, len(names) if names else IGNORE)
+        for x in finite_blocks(image, image_path):
             if folder is folders["train"]:
+                x = x.double() / scale(x)
                 sums, squares, pixels = sums + x.sum((0, 1)), squares + x.square().sum((0, 1)), pixels + x[..., 0].numel()
                 sizes.setdefault(mask.shape, image_path)
     progress("")
 
-    names = names or [f"class {i}" for i in range(largest + 1)]
-    if largest == 0:
+    for split, folder in folders.items():
+        if not occurring[folder]:
+            raise DataError(f"{folder.pairs[0][1].parent}: no pixel of the masks for {split} counts, all are {IGNORE}; add a mask "
+                            "with a class")
+    found = set.union(*occurring.values())
+    if found == {0}:
         raise DataError(f"{mask_path.parent}: the masks know a single class, 0; save the others as 1, 2, ... (a pixel of "
                         f"{IGNORE} does not count: if it shall be a class, save it as 1)")
+    if names is None and len(found) <= max(found):
+        raise DataError(f"{mask_path.parent}: the masks hold {', '.join(map(str, sorted(found)[:5]))}{', ...' * (len(found) > 5)}; number "
+                        "the classes 0, 1, 2, ... without a gap, or name all of them in DIR/classes.txt")
+    names = names or [f"class {i}" for i in sorted(found)]
     mean = sums / pixels
     std = (squares / pixels - mean.square()).clamp(min=0).sqrt()
     return {"channels": image.shape[2], "classes": names, "colors": class_colors(names), "mean": mean.tolist(),
@@ -103,9 +111,17 @@ def blocks(array: np.ndarray) -> Iterator[np.ndarray]:
     return (array[top:top + rows] for top in range(0, len(array), rows))
 
 
-def largest_index(mask: np.ndarray, path: Path, classes: int) -> int:
-    """The largest class index, 0 if no pixel counts. DataError: there is one that is no class."""
-    largest = 0
+def finite_blocks(image: np.ndarray, path: Path) -> Iterator[Tensor]:
+    """The blocks of an image. DataError: one holds what no float32 can."""
+    for x in map(torch.from_numpy, blocks(image)):
+        if x.is_floating_point() and not x.float().isfinite().all():
+            raise DataError(f"{path}: holds nan, inf or numbers beyond 1e38; replace them")
+        yield x
+
+
+def indices(mask: np.ndarray, path: Path, classes: int) -> set[int]:
+    """The class indices that occur. DataError: there is one that is no class."""
+    found = set()
     for block in blocks(mask):
         known = block[block != IGNORE]
         if known.size:
@@ -113,8 +129,8 @@ def largest_index(mask: np.ndarray, path: Path, classes: int) -> int:
             if not 0 <= value < classes:
                 raise DataError(f"{path}: holds the value {value}; a mask holds 0 to {classes - 1}, or {IGNORE} for pixels "
                                 "that do not count")
-            largest = max(largest, int(value))
-    return largest
+            found |= set(np.bincount(known.astype(np.uint8)).nonzero()[0].tolist())
+    return found
 
 
 def class_names(root: Path, deepglobe: bool) -> list[str] | None:

@@ -12,6 +12,7 @@ This file imports no other of the project: copy it.
 """
 
 import functools
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 
@@ -35,13 +36,15 @@ class DataError(ValueError):
 # One file
 
 def open_picture(path: Path) -> Image.Image:
+    if not path.is_file():
+        raise DataError(f"{path}: no such file; name one that is there")
     try:
         with Image.open(path) as picture:
             picture.load()
             return picture
     except Exception as error:  # a damaged file fails in as many ways as there are places in it
         reason = "no PNG or JPEG" if isinstance(error, Image.UnidentifiedImageError) else str(error) or "broken"
-        raise DataError(f"{path}: cannot be read ({reason}); replace this file or remove the pair") from None
+        raise DataError(f"{path}: cannot be read ({reason}); replace it, or do without it") from None
 
 
 def open_array(path: Path, dimensions: tuple[int, ...], shape: str) -> np.ndarray:
@@ -81,8 +84,9 @@ def read_mask(path: Path) -> np.ndarray:
         if picture.format != "PNG":
             raise DataError(f"{path}: a {picture.format} changes the values of a mask; save masks as PNG or .npy")
         if picture.mode not in ("1", "L", "P") and not picture.mode.startswith("I"):
-            raise DataError(f"{path}: a colour mask ({picture.mode}) where class indices were expected; for DeepGlobe take "
-                            "--dataset deepglobe, else save a PNG with one grey value per class: 0, 1, 2, ...")
+            raise DataError(f"{path}: a mask in colour or with transparency ({picture.mode}) where class indices were "
+                            "expected; for DeepGlobe take --dataset deepglobe, else save a PNG with one grey value per class: "
+                            "0, 1, 2, ...")
         mask = np.array(picture)
     if mask.dtype.kind == "f":
         raise DataError(f"{path}: a mask of {mask.dtype} where whole numbers were expected; save mask.astype('uint8')")
@@ -122,7 +126,7 @@ def files(folder: Path, ending: str = "") -> dict[str, Path]:
     for path in sorted(folder.iterdir()):
         hidden = path.name.startswith(".")
         if path.suffix.lower() in (*PICTURES, ".npy") and path.stem.endswith(ending) and not hidden:
-            name = path.stem.removesuffix(ending)
+            name = unicodedata.normalize("NFC", path.stem.removesuffix(ending))  # file systems write accents in two ways
             if name in found:
                 raise DataError(f"{path}: {found[name].name} has the same name; keep one of the two")
             found[name] = path
@@ -131,10 +135,11 @@ def files(folder: Path, ending: str = "") -> dict[str, Path]:
 
 def match(images: dict[str, Path], masks: dict[str, Path], folder: Path) -> dict[str, Pair]:
     if not images:
-        raise DataError(f"{folder}: no image ({', '.join(PICTURES)}, .npy); see the top of image_folder.py for the layout")
+        raise DataError(f"{folder}: no image ({', '.join(PICTURES)}, .npy); convert others, such as TIFF, to one of these")
     for name in sorted(images.keys() ^ masks.keys()):
         path, other = (images[name], "mask") if name in images else (masks[name], "image")
-        raise DataError(f"{path}: there is no {other} of this name; add it, or remove this file")
+        raise DataError(f"{path}: there is no {other} named {name}; the two files of a pair have the same name, so add or "
+                        "rename it, or remove this file")
     return {name: (images[name], masks[name]) for name in images}
 
 

@@ -4,6 +4,7 @@ import argparse
 import functools
 import itertools
 import math
+import os
 import sys
 from pathlib import Path
 
@@ -96,15 +97,15 @@ def make_parser(description: str) -> Parser:
     option("--recompute", action="store_true", help="forget every tile's activations and compute them again when they "
            "are needed: memory for one tile per GPU, whatever the image")
     option("--amp", action=argparse.BooleanOptionalAction, default=unset, help="compute in bfloat16, with weights, "
-           "statistics and sums in float32 (default: where the hardware has it)")
+           "statistics and sums in float32 (default: where the hardware has it; plan.py: yes)")
     option("--seed", type=number(0, largest=2**63 - 1), default=0, help="of images, weights, dropout and order")
     option("--out", type=Path, default=unset, help="folder of the run (default: a new one in runs/)")
     return parser
 
 
-def parse(arguments: list[str] | None, parser: Parser) -> dict:
+def parse(arguments: list[str] | None, parser: Parser, **defaults) -> dict:
     """The configuration: every option with its value. Options that do not go together end here, with one line."""
-    config = vars(parser.parse_args(arguments))
+    config = defaults | vars(parser.parse_args(arguments))
     if config.get("resume"):
         if any(word.startswith("-") and not word.startswith("--resume") for word in arguments or sys.argv[1:]):
             parser.error("--resume goes on with the options of the run; give it alone")
@@ -126,9 +127,10 @@ def parse(arguments: list[str] | None, parser: Parser) -> dict:
         if option in config and config["dataset"] != "synthetic":
             parser.error(f"--{option.replace('_', '-')} is for --dataset synthetic; a folder has its own")
         config.setdefault(option, value)
-    if (config["dataset"] == "synthetic") != (config["data"] is None):
-        parser.error(f"--dataset {config['dataset']} --data {config['data']}: --data DIR goes with --dataset folder or "
-                     "deepglobe, and they with it")
+    if config["dataset"] == "synthetic" and config["data"]:
+        parser.error(f"--data {config['data']}: say also what is in it, --dataset folder or --dataset deepglobe")
+    if config["dataset"] != "synthetic" and not config["data"]:
+        parser.error(f"--dataset {config['dataset']}: say also where it is, --data DIR")
     if config["crop"] and config["dataset"] == "synthetic":
         parser.error("--crop is for --dataset folder or deepglobe; for synthetic take --image-size")
     if "out" not in config:
@@ -154,7 +156,7 @@ def check_sizes(config: dict, sizes: dict[tuple[int, int], str], images: int) ->
     except ValueError as error:
         rows, columns = config["grid"]
         raise DataError(f"{sizes[size]}: --grid {rows}x{columns} --overlap {config['overlap']} --depth {config['depth']}: "
-                        f"{error}") from None
+                        f"{error}; take a coarser --grid, a smaller --depth or another --overlap") from None
     last_batch = images % batch or min(images, batch)
     if last_batch == 1 and any((1, 1) == (bottom - top, right - left)
                                for tiling in tilings for top, bottom, left, right in tiling.coarse.halos):
@@ -179,6 +181,13 @@ def build_tiling(config: dict, size: tuple[int, int], grid: tuple[int, int] | No
             least = SMALL if math.prod(size) > math.prod(config["image_size"]) else 0
             grid = [-(-pixels // max(tile, least)) for pixels, tile in zip(size, (bottom - top, right - left))]
     return cut(tuple(size), tuple(grid), cell, overlap)
+
+
+def check_folder(path: Path):
+    """DataError: no files can be written there, even if it were made."""
+    there = next(folder for folder in [path, *path.absolute().parents] if folder.exists())
+    if not (there.is_dir() and os.access(there, os.W_OK)):
+        raise DataError(f"{path}: cannot be written, as {there} is a file or closed to you; name another --out")
 
 
 def new_folder(name: str) -> Path:

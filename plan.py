@@ -12,6 +12,7 @@ The options are those of train.py, and --memory.
 import itertools
 import math
 import os
+import sys
 import weakref
 from collections import Counter
 from unittest import mock
@@ -159,7 +160,9 @@ def main(arguments: list[str] | None = None):
                         help="memory of a GPU: also tells the largest square image that fits (default: not asked)")
     parser.add_argument("--channels", type=number(1), default=1, help="of the image")
     parser.add_argument("--classes", type=number(2, largest=255), default=3, help="of the mask")
-    config = parse(arguments, parser)
+    config = parse(arguments, parser, amp=True)  # as all recent GPUs do
+    if config["dataset"] != "synthetic" or config["crop"]:
+        parser.error("plan.py looks at no images: give --image-size, --channels and --classes instead of --dataset and --crop")
     try:
         check_sizes(config, {config["image_size"]: "--image-size"}, config["batch_size"])
     except DataError as error:
@@ -169,7 +172,7 @@ def main(arguments: list[str] | None = None):
 
     peak, moved = predict(config)
     print(f"One training step, {len(build_tiling(config, config['image_size']))} tiles, batch {config['batch_size']}"
-          f"{', recompute' if config['recompute'] else ''}:")
+          f"{', recompute' if config['recompute'] else ''}{', bfloat16' if config['amp'] else ''}:")
     for i in range(config["gpus"]):
         device = f"cpu:{i + 1}"
         exchanged = sum(size for pair, size in moved.items() if device in pair and "cpu" not in pair)
@@ -186,4 +189,7 @@ def main(arguments: list[str] | None = None):
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -7,11 +7,13 @@ for NAME.npy an array NAME.npy, written tile by tile; and NAME-overlay.png, the 
 wide or high. Images are cut into tiles no larger than those of training (or than 256x256, if those are smaller), and one
 tile at a time is alive per device.
 With --masks, a folder of true masks of the same names, it also scores them, in metrics.json.
+Exit status: 0, all is done; 1, some images could not be, and each is named; 2, none could be.
 """
 
 import argparse
 import sys
 import time
+import unicodedata
 from collections import Counter
 from pathlib import Path
 
@@ -24,11 +26,11 @@ import image_folder
 import plots
 import train
 from checkpoints import CheckpointError
-from data import largest_index
+from data import finite_blocks, indices
 from decompose import DecomposedUNet, Tiling
 from image_folder import DataError
 from metrics import confusion, mean_iou, near_seam, scores
-from options import Parser, build_tiling, new_folder, number, pair
+from options import Parser, build_tiling, check_folder, new_folder, number, pair
 
 
 def predict(model: DecomposedUNet, config: dict, path: Path, grid, devices: list, out: Path) -> tuple[np.ndarray, Tiling]:
@@ -36,7 +38,10 @@ def predict(model: DecomposedUNet, config: dict, path: Path, grid, devices: list
     DataError: it cannot be read, cut, or understood by this network, or a file of this name is there already."""
     image = image_folder.read_image(path)
     if image.shape[2] != config["channels"]:
-        raise DataError(f"{path}: {image.shape[2]} channels, but the network was trained on {config['channels']}; convert it")
+        raise DataError(f"{path}: a {image.shape[2]}-channel image, but the network was trained on {config['channels']}-channel "
+                        "images; convert it")
+    for _ in finite_blocks(image, path):
+        pass
     try:
         tiling = build_tiling(config, image.shape[:2], grid)
     except ValueError as error:
@@ -47,6 +52,7 @@ def predict(model: DecomposedUNet, config: dict, path: Path, grid, devices: list
         if written.exists():
             raise DataError(f"{written}: is there already; remove it, or take another --out")
 
+    out.mkdir(parents=True, exist_ok=True)
     with checkpoints.whole_file(mask_path) as unfinished:
         if path.suffix.lower() == ".npy":
             mask = np.lib.format.open_memmap(unfinished, mode="w+", dtype=np.uint8, shape=image.shape[:2])
@@ -75,14 +81,15 @@ def overlay(image: np.ndarray, mask: np.ndarray, colors: list) -> Image.Image:
 def score(mask: np.ndarray, tiling: Tiling, config: dict, path: Path, masks: Path) -> torch.Tensor:
     """The confusion (2,L,L) of a predicted mask with the true one of the same name. DataError: there is none that fits."""
     deepglobe = config["dataset"] == "deepglobe"
-    truth_path = masks / (path.stem.replace("_sat", "_mask") + ".png" if deepglobe else path.stem + ".png")
-    if not truth_path.exists() and not deepglobe:
-        truth_path = truth_path.with_suffix(".npy")
+    name = unicodedata.normalize("NFC", path.stem.removesuffix("_sat" if deepglobe else ""))
+    truth_path = image_folder.files(masks, "_mask" if deepglobe else "").get(name)
+    if truth_path is None:
+        raise DataError(f"{path}: {masks} holds no mask named {name}; add it")
     truth = (image_folder.read_deepglobe_mask if deepglobe else image_folder.read_mask)(truth_path)
     if truth.shape != mask.shape:
         raise DataError(f"{truth_path}: {truth.shape[0]}x{truth.shape[1]} pixels, but the image has "
                         f"{mask.shape[0]}x{mask.shape[1]}; they must be equal")
-    largest_index(truth, truth_path, len(config["classes"]))
+    indices(truth, truth_path, len(config["classes"]))
     counts = 0
     for i, (top, bottom, left, right) in enumerate(tiling.boxes):
         parts = [torch.from_numpy(x[top:bottom, left:right])[None] for x in (mask, truth)]
@@ -113,11 +120,9 @@ def main(arguments: list[str] | None = None):
         parser.error(f"{out / 'metrics.json'}: is there already; remove it, or take another --out")
     try:
         model, config = train.load_model(asked.checkpoint)
-        out.mkdir(parents=True, exist_ok=True)
-    except CheckpointError as error:
+        check_folder(out)
+    except (CheckpointError, DataError) as error:
         parser.error(str(error))
-    except OSError as error:
-        parser.error(f"--out {out}: {error.strerror}; name a folder that can be made")
 
     devices = train.find_devices(getattr(asked, "gpus", torch.cuda.device_count()), "tiles")
     model.to(devices[0]).recompute = True  # nothing is remembered of a tile but what it sends
@@ -144,7 +149,8 @@ def main(arguments: list[str] | None = None):
         scored = {name: scores(count, config["classes"]) for name, count in counts.items()}
         scored["all"] = scores(sum(counts.values()), config["classes"])
         checkpoints.write_json(out / "metrics.json", scored)
-    print(f"See {out}")
+    if failed < len(asked.images):
+        print(f"See {out}")
     if failed:
         sys.exit(1 if failed < len(asked.images) else 2)
 

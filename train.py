@@ -34,7 +34,7 @@ from data import build_datasets, collate, describe
 from decompose import DecomposedUNet, Tiling
 from image_folder import DataError
 from metrics import IGNORE, confusion, dice_cross_entropy, loss_sums, near_seam, scores
-from options import build_tiling, make_parser, parse
+from options import build_tiling, check_folder, make_parser, parse
 from unet import Decoder, Encoder
 
 class Diverged(ArithmeticError):
@@ -124,13 +124,14 @@ def evaluate(model, loader, config: dict, devices: list) -> dict:
     """Loss and IoU of a split, taken over all its pixels at once and not averaged over images."""
     model.eval()
     sums, counts, classes = 0, 0, len(config["classes"])
-    for images, masks in loader:
+    for step, (images, masks) in enumerate(loader, start=1):
         tiling = build_tiling(config, images.shape[-2:])
         mask_tiles = tiling.split(masks, overlap=False, fill=IGNORE)
 
         def measure(i, logits):
             mask = mask_tiles[i].to(logits.device, non_blocking=True)
             near = near_seam(tiling, i, logits.device)
+            show_progress(f"evaluating: batch {step} of {len(loader)}, tile {i + 1} of {len(tiling)}")
             return loss_sums(logits, mask), confusion(logits.argmax(dim=1), mask, near, classes)
 
         for tile_sums, tile_counts in run_tiles(model, images, tiling, devices, measure):
@@ -299,7 +300,7 @@ def main(arguments: list[str] | None = None):
     config, state = parse(arguments, parser), None
     try:
         if config["resume"]:
-            out = config["resume"]
+            out = config["resume"].parent if config["resume"].is_file() else config["resume"]
             state, (_, config) = checkpoints.load(out / "last.pt", Run.PARTS), load_model(out / "last.pt")
             if config["dataset"] != "synthetic":
                 found = describe(config, show_progress)
@@ -308,6 +309,7 @@ def main(arguments: list[str] | None = None):
             print(f"{out}: {len(state['rows'])} of {config['epochs']} epochs are done")
         else:
             out = Path(config["out"])
+            check_folder(out)  # before the long look at all images, and made after it
             config |= describe(config, show_progress)
             out.mkdir(parents=True, exist_ok=True)
         rows, columns = config["grid"]
@@ -317,8 +319,7 @@ def main(arguments: list[str] | None = None):
         go_on = f"go on with: python train.py --resume {shlex.quote(str(out))}" if (out / "last.pt").exists() else "nothing is lost"
         parser.exit(130, f"\nstopped; {go_on}\n")
     except Diverged as error:
-        parser.error(f"{error}: the likely cause is --lr {config['lr']}, take a smaller one. {out} holds the last epoch "
-                     "that went well")
+        parser.error(f"{error}: the likely cause is --lr {config['lr']}, take a smaller one; {out} holds the epochs before")
     except (DataError, CheckpointError) as error:
         parser.error(str(error))
     except OSError as error:  # of writing: what cannot be read is a DataError

@@ -197,8 +197,8 @@ def names(content):
 
 FAULTS = [  # what is done to an image, its mask or their folder, and what must be said of it
     (every("images", lambda i, path: path.unlink()), "no image (.png, .jpg, .jpeg, .npy)"),
-    (lambda image, mask: mask.unlink(), "3.png: there is no mask of this name"),
-    (lambda image, mask: image.unlink(), "3.png: there is no image of this name"),
+    (lambda image, mask: mask.unlink(), "3.png: there is no mask named 3"),
+    (lambda image, mask: image.unlink(), "3.png: there is no image named 3"),
     (lambda image, mask: mask.parent.rename(mask.parents[1] / "mask"), "train/masks: no such folder"),
     (lambda image, mask: save(image.with_suffix(".jpg"), COLOR), "has the same name; keep one of the two"),
     (lambda image, mask: save(mask, MASK), "3.png: 16x24 pixels, but its mask 3.png has 12x20"),
@@ -207,19 +207,25 @@ FAULTS = [  # what is done to an image, its mask or their folder, and what must 
     (lambda image, mask: mask.write_bytes(b""), "3.png: cannot be read"),
     (lambda image, mask: save(mask, np.full((16, 24), 7, np.uint8)), "3.png: holds the value 7; a mask holds 0 to 2, or 255"),
     (lambda image, mask: save(mask, np.zeros((16, 24, 3), np.uint8)),
-     "3.png: a colour mask (RGB) where class indices were expected; for DeepGlobe take --dataset deepglobe"),
+     "3.png: a mask in colour or with transparency (RGB) where class indices were expected; for DeepGlobe take --dataset deepglobe"),
     (lambda image, mask: replace(mask, ".jpg", np.zeros((16, 24), np.uint8)), "a JPEG changes the values of a mask"),
     (lambda image, mask: replace(mask, ".npy", np.zeros((16, 24))), "a mask of float64 where whole numbers were expected"),
     (lambda image, mask: replace(mask, ".npy", np.full((16, 24), -1)), "holds the value -1"),
-    (lambda image, mask: save(image, np.zeros((16, 24), np.uint8)), "1 channels of uint8, but 0.png has 3 channels"),
-    (lambda image, mask: save(image, np.zeros((16, 24), np.uint16)), "1 channels of uint16"),
+    (lambda image, mask: save(image, np.zeros((16, 24), np.uint8)), "1-channel uint8, but 0.png is 3-channel uint8"),
+    (lambda image, mask: save(image, np.zeros((16, 24), np.uint16)), "1-channel uint16"),
     (lambda image, mask: replace(image, ".npy", np.zeros((3, 16, 124), np.uint8)), "save array.transpose(1, 2, 0)"),
     (lambda image, mask: replace(image, ".npy", np.zeros(24, np.uint8)), "(H,W) or (H,W,C) was expected"),
     (lambda image, mask: replace(image, ".npy", np.array([{}])), "3.npy: cannot be read as an array"),
     (lambda image, mask: replace(image, ".npy", np.zeros((16, 24), "c16")), "numbers were expected"),
     (lambda image, mask: image.rename(image.with_suffix(".npy")), "3.npy: cannot be read as an array"),
-    (every("images", lambda i, path: replace(path, ".npy", np.full((16, 24), [0.0, np.nan][i == 3]))), "holds nan or inf"),
-    (every("masks", lambda i, path: save(path, np.full((16, 24), [0, 255][i % 2], np.uint8))), "know a single class"),
+    (every("images", lambda i, path: replace(path, ".npy", np.full((16, 24), [0.0, np.nan][i == 3]))), "holds nan, inf"),
+    (every("images", lambda i, path: replace(path, ".npy", np.full((16, 24), 1e39))), "holds nan, inf or numbers beyond"),
+    (lambda image, mask: replace(image, ".npy", np.zeros((3, 16, 24), np.uint8)), "save array.transpose(1, 2, 0)"),
+    (every("masks", lambda i, path: save(path, np.pad([[0]], ((0, 15), (0, 23)), constant_values=255).astype(np.uint8))),
+     "know a single class"),
+    (every("masks", lambda i, path: save(path, np.full((16, 24), 255, np.uint8))), "no pixel of the masks for train counts"),
+    (every("masks", lambda i, path: save(path, np.full((16, 24), [0, 100, 200][i % 3], np.uint8))),
+     "the masks hold 0, 100, 200; number the classes 0, 1, 2, ... without a gap"),
     (names(b"a\na\nb\n"), "classes.txt: holds 3 names, 2 of them different"),
     (names(b"\xff\xfe\xfa"), "classes.txt: cannot be read")]
 
@@ -227,7 +233,7 @@ FAULTS = [  # what is done to an image, its mask or their folder, and what must 
 @pytest.mark.parametrize("spoil, message", FAULTS)
 def test_what_cannot_be_used_is_named_in_one_line(spoil, message, tmp_path, capsys):
     make_folder(tmp_path / "data", 6)
-    if "single class" not in message:
+    if "single class" not in message and "without a gap" not in message:
         (tmp_path / "data/classes.txt").write_text("ground\nwater\n\nhouse\n")
     spoil(*(tmp_path / f"data/train/{kind}/3.png" for kind in ("images", "masks")))
     refused(["--dataset", "folder", "--data", str(tmp_path / "data")], message, tmp_path, capsys)

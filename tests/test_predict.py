@@ -107,7 +107,7 @@ def test_the_overlay_of_a_large_image_is_small(grey, tmp_path):
 
 def test_scores_of_predictions_are_those_of_an_evaluation(grey, tmp_path, capsys):
     pairs = [(save(tmp_path / f"images/{name}", RNG.integers(0, 256, size, np.uint8)),
-              save(tmp_path / f"masks/{name}", RNG.choice([0, 1, 2, 255], size).astype(np.uint8)))
+              save(tmp_path / f"masks/{name.replace('png', 'PNG')}", RNG.choice([0, 1, 2, 255], size).astype(np.uint8)))
              for name, size in (("a.png", (64, 64)), ("b.npy", (70, 133)))]
     assert run(grey, *[image for image, _ in pairs], "--masks", tmp_path / "masks", "--out", tmp_path / "out") == 0
     scores = json.loads((tmp_path / "out/metrics.json").read_text())
@@ -126,11 +126,12 @@ def test_a_broken_image_is_skipped_and_the_others_are_done(grey, tmp_path, capsy
 
 
 @pytest.mark.parametrize("name, options, message", [
-    ("color.png", "", "3 channels, but the network was trained on 1"),
-    ("missing.png", "", "missing.png: cannot be read"),
+    ("color.png", "", "a 3-channel image, but the network was trained on 1-channel images"),
+    ("missing.png", "", "missing.png: no such file"),
     ("grey.png", "--grid 99x1", "99 rows of tiles: an image of 32x32 pixels"),
     ("grey.png", "--grid 0x2", "--grid: '0x2' is not two numbers of 1 or more"),
     ("grey.png", "--gpus 0", "--gpus: '0' is not a number of 1 or more"),
+    ("nan.npy", "", "nan.npy: holds nan"),
     ("grey.png", "--masks nowhere", "--masks nowhere: no such folder"),
     ("grey.png", "--out .", "grey.png: is there already"),
     ("grey.png", "--out color.png", "color.png"),
@@ -138,11 +139,12 @@ def test_a_broken_image_is_skipped_and_the_others_are_done(grey, tmp_path, capsy
 def test_bad_input_ends_with_one_line_and_status_2(name, options, message, grey, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     save(tmp_path / "grey.png", np.zeros((32, 32), np.uint8)), save(tmp_path / "color.png", np.zeros((32, 32, 3), np.uint8))
+    np.save(tmp_path / "nan.npy", np.full((32, 32), np.nan))
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
     assert run(grey, name, *options.split()) == 2
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and message in said
-    assert all(path.read_bytes() == content for path, content in before.items())
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 def test_a_checkpoint_that_is_none_is_named(tmp_path, capsys):
@@ -194,7 +196,7 @@ def test_a_run_does_not_go_on_with_other_images(change, tmp_path, capsys):
     train.main([*SMALL, "--dataset", "folder", "--data", str(tmp_path / "data"), "--out", str(tmp_path / "run")])
     for i in range(12):
         if change == "value":
-            save(tmp_path / f"data/train/masks/{i}.png", np.full((16, 24), 77, np.uint8))
+            save(tmp_path / f"data/train/masks/{i}.png", np.tile(np.uint8([0, 1]), (16, 12)))
         else:
             save(tmp_path / f"data/train/images/{i}.png", np.zeros((16, 24, 3), np.uint8))
     with pytest.raises(SystemExit, match="2"):
