@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+import processes
 from decompose import Tiling
 from image_folder import DataError
 
@@ -111,8 +112,8 @@ def parse(arguments: list[str] | None, parser: Parser, **defaults) -> dict:
             parser.error("--resume goes on with the options of the run; give it alone")
         return config
 
-    rows, columns = config.setdefault("grid", default_grid(config.get("gpus", torch.cuda.device_count())))
-    gpus = config.setdefault("gpus", min(torch.cuda.device_count(), rows * columns))
+    rows, columns = config.setdefault("grid", default_grid(config.get("gpus", processes.gpus_each())))
+    gpus = config.setdefault("gpus", min(processes.gpus_each(), rows * columns))
     config.setdefault("amp", has_bfloat16())
     k, coarse_channels = config["comm_channels"], config["width"] * 2 ** config["depth"]
     if gpus > rows * columns:
@@ -134,7 +135,11 @@ def parse(arguments: list[str] | None, parser: Parser, **defaults) -> dict:
     if config["crop"] and config["dataset"] == "synthetic":
         parser.error("--crop is for --dataset folder or deepglobe; for synthetic take --image-size")
     if "out" not in config:
+        if processes.CAN_RESTART:
+            parser.error("torchrun --max-restarts: a run that is restarted needs to know its folder; give --out")
         config["out"] = new_folder(f"runs/{config['dataset']}-{rows}x{columns}-k{k}-seed{config['seed']}")
+    elif processes.CAN_RESTART and (config["out"] / "last.pt").exists():
+        return {"resume": config["out"]}
     elif config["out"].is_dir() and any(config["out"].iterdir()):
         parser.error(f"--out {config['out']}: this folder is not empty; name a new one, or go on with the run in it: "
                      f"--resume {config['out']}")
@@ -158,9 +163,10 @@ def check_sizes(config: dict, sizes: dict[tuple[int, int], str], images: int) ->
         raise DataError(f"{sizes[size]}: --grid {rows}x{columns} --overlap {config['overlap']} --depth {config['depth']}: "
                         f"{error}; take a coarser --grid, a smaller --depth or another --overlap") from None
     last_batch = images % batch or min(images, batch)
-    if last_batch == 1 and any((1, 1) == (bottom - top, right - left)
+    smallest = min(max(number // processes.count(), 1) for number in (min(images, batch), last_batch))
+    if smallest == 1 and any((1, 1) == (bottom - top, right - left)
                                for tiling in tilings for top, bottom, left, right in tiling.coarse.halos):
-        raise DataError("a tile is a single cell, and the last batch a single image: batch norm needs at least two "
+        raise DataError("a tile is a single cell, and a process has a batch of a single image: batch norm needs at least two "
                         "numbers; take another --batch-size, a coarser --grid or a smaller --depth")
     return size
 

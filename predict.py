@@ -24,6 +24,7 @@ from PIL import Image  # comes with matplotlib
 import checkpoints
 import image_folder
 import plots
+import processes
 import train
 from checkpoints import CheckpointError
 from data import finite_blocks, indices
@@ -124,7 +125,7 @@ def main(arguments: list[str] | None = None):
     except (CheckpointError, DataError) as error:
         parser.error(str(error))
 
-    devices = train.find_devices(getattr(asked, "gpus", torch.cuda.device_count()), "tiles")
+    devices = processes.find_devices(getattr(asked, "gpus", torch.cuda.device_count()), "tiles")
     model.to(devices[0]).recompute = True  # nothing is remembered of a tile but what it sends
     counts, failed = {}, 0
     for path in asked.images:
@@ -134,7 +135,7 @@ def main(arguments: list[str] | None = None):
             if asked.masks:
                 counts[path.name] = score(mask, tiling, config, path, asked.masks)
         except (RuntimeError, MemoryError) as error:
-            if not train.is_out_of_memory(error):
+            if not processes.is_out_of_memory(error):
                 raise
             parser.error(f"{path}: out of memory; take a --grid of more tiles")
         except (DataError, OSError) as error:

@@ -5,6 +5,7 @@
     python train.py --grid 1x1 --comm-channels 0          # the plain U-Net on the whole image
     python train.py --dataset folder --data DIR           # your own images and masks, see image_folder.py
     python train.py --resume runs/NAME                    # go on after the last completed epoch
+    torchrun --nproc-per-node 2 train.py --gpus 2         # in two processes, each with half of every batch
 
 Every run leaves a folder: metrics.json, log.csv, best.pt, last.pt, curves.png, predictions.png.
 Read from top to bottom: what is built, how it is trained, the command. What can be asked for stands in options.py.
@@ -14,7 +15,7 @@ Letters (B, C, H, W, K, D, L, ...) as in decompose.py.
 import collections
 import functools
 import math
-import resource
+import os
 import shlex
 import statistics
 import sys
@@ -23,11 +24,12 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, Subset
 
 import checkpoints
 import image_folder
 import plots
+import processes
 from checkpoints import CheckpointError
 from comm_net import CommNet
 from data import build_datasets, collate, describe
@@ -96,7 +98,8 @@ def batch_loss(model, images: Tensor, masks: Tensor, tiling: Tiling, devices: li
     def finish(i, logits):
         return loss_sums(logits, mask_tiles[i].to(logits.device, non_blocking=True))
 
-    return dice_cross_entropy(sum(sums.to(devices[0]) for sums in run_tiles(model, images, tiling, devices, finish)))
+    sums = sum(sums.to(devices[0]) for sums in run_tiles(model, images, tiling, devices, finish))
+    return dice_cross_entropy(processes.add(sums))
 
 
 def train_epoch(run: "Run", loader, devices: list, epoch: int) -> float:
@@ -104,7 +107,9 @@ def train_epoch(run: "Run", loader, devices: list, epoch: int) -> float:
     run.model.train()
     losses = []
     for step, (images, masks) in enumerate(loader, start=1):
-        loss = batch_loss(run.model, images, masks, build_tiling(run.config, images.shape[-2:]), devices)
+        if processes.rank() >= run.images - (step - 1) * run.config["batch_size"]:  # too few are left for all processes
+            masks = torch.full_like(masks, IGNORE)  # this one goes along, and its image does not count
+        loss = batch_loss(run.parallel, images, masks, build_tiling(run.config, images.shape[-2:]), devices)
         run.optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(run.model.parameters(), 1.0)
@@ -116,6 +121,7 @@ def train_epoch(run: "Run", loader, devices: list, epoch: int) -> float:
                 if not math.isfinite(value):
                     raise Diverged(f"the loss became {value} at step {done} of epoch {epoch}")
         show_progress(f"step {step} of {len(loader)}")
+    processes.average(run.model.buffers())
     return torch.stack(losses).mean().item()
 
 
@@ -123,7 +129,9 @@ def train_epoch(run: "Run", loader, devices: list, epoch: int) -> float:
 def evaluate(model, loader, config: dict, devices: list) -> dict:
     """Loss and IoU of a split, taken over all its pixels at once and not averaged over images."""
     model.eval()
-    sums, counts, classes = 0, 0, len(config["classes"])
+    classes = len(config["classes"])
+    sums = torch.zeros(2 * classes + 2, dtype=torch.double, device=devices[0])
+    counts = torch.zeros(2, classes, classes, dtype=torch.long, device=devices[0])
     for step, (images, masks) in enumerate(loader, start=1):
         tiling = build_tiling(config, images.shape[-2:])
         mask_tiles = tiling.split(masks, overlap=False, fill=IGNORE)
@@ -136,7 +144,7 @@ def evaluate(model, loader, config: dict, devices: list) -> dict:
 
         for tile_sums, tile_counts in run_tiles(model, images, tiling, devices, measure):
             sums, counts = sums + tile_sums.to(devices[0]).double(), counts + tile_counts.to(devices[0])
-    return {"loss": dice_cross_entropy(sums).item(), **scores(counts, config["classes"])}
+    return {"loss": dice_cross_entropy(processes.add(sums)).item(), **scores(processes.add(counts), config["classes"])}
 
 
 @torch.no_grad()
@@ -174,13 +182,15 @@ class Run:
 
     PARTS = "config", "rows", "best", "model", "optimizer", "schedule", "order", "random"
 
-    def __init__(self, config: dict, steps: int, device: torch.device):
+    def __init__(self, config: dict, images: int, device: torch.device):
         torch.manual_seed(config["seed"])
-        self.config, self.rows, self.best = config, [], None
+        self.config, self.images, self.rows, self.best = config, images, [], None
+        self.steps = -(-images // config["batch_size"])
         self.model = build_model(config).to(device)
+        self.parallel = processes.spread(self.model)
         self.optimizer = torch.optim.Adam(self.model.parameters(), fused=True)
         self.schedule = torch.optim.lr_scheduler.OneCycleLR(
-            self.optimizer, config["lr"], max(config["epochs"], 1) * steps, anneal_strategy="linear")
+            self.optimizer, config["lr"], max(config["epochs"], 1) * self.steps, anneal_strategy="linear")
         self.order = torch.Generator().manual_seed(config["seed"])
 
     def state(self) -> dict:
@@ -190,7 +200,7 @@ class Run:
 
     def restore(self, state: dict):
         """Goes back to `state`. CheckpointError: it is that of another network, or of other images."""
-        steps = self.schedule.total_steps
+        total_steps = self.schedule.total_steps
         try:
             self.rows, self.best = state["rows"], state["best"]
             for part in ("model", "optimizer", "schedule"):
@@ -201,8 +211,8 @@ class Run:
                 torch.cuda.set_rng_state(numbers, gpu)
         except (KeyError, IndexError, TypeError, ValueError, RuntimeError):
             raise CheckpointError("last.pt: what it holds does not go together; train anew") from None
-        if self.schedule.total_steps != steps:
-            raise CheckpointError(f"the run had {self.schedule.total_steps} steps to make and would now have {steps}, so the "
+        if self.schedule.total_steps != total_steps:
+            raise CheckpointError(f"the run had {self.schedule.total_steps} steps to make and would now have {total_steps}, so the "
                                   "images have changed; put them back, or train anew")
 
 
@@ -210,45 +220,54 @@ def train(config: dict, devices: list, out: Path, state: dict | None = None) -> 
     """Trains, writes the files of the run to the folder `out`, and returns what metrics.json holds.
     state: what last.pt held, to go on from there. Diverged: the loss is no number any more."""
     started, datasets = time.perf_counter(), build_datasets(config)
-    steps = -(-len(datasets["train"]) // config["batch_size"])
-    run = Run(config, steps, devices[0])
-    one_by_one = config["dataset"] != "synthetic"  # images to evaluate may have several sizes
-    loaders = {split: DataLoader(data, 1 if one_by_one and split != "train" else config["batch_size"],
-                                 shuffle=split == "train", generator=run.order, collate_fn=collate,
-                                 pin_memory=devices[0].type == "cuda" and config["batch_size"] > 1)
-               for split, data in datasets.items()}
-    if state is None:
-        checkpoints.save(out / "last.pt", run.state())
-    else:
+    run, batch, first = Run(config, len(datasets["train"]), devices[0]), config["batch_size"], processes.rank() == 0
+    save, write_log = (checkpoints.save, checkpoints.write_log) if first else 2 * [lambda path, content: None]
+    load = functools.partial(DataLoader, generator=run.order, collate_fn=collate,
+                             pin_memory=devices[0].type == "cuda" and batch > 1)
+    shuffled = BatchSampler(RandomSampler(datasets["train"], generator=run.order), batch, drop_last=False)
+    loaders = {"train": load(datasets["train"], batch_sampler=processes.Shares(shuffled))}
+    for split in ("val", "test"):  # images to evaluate may have several sizes
+        mine = Subset(datasets[split], range(processes.rank(), len(datasets[split]), processes.count()))
+        loaders[split] = load(mine, batch if config["dataset"] == "synthetic" else 1)
+    if state is not None:
         run.restore(state)
+    else:
+        save(out / "last.pt", run.state())
 
     print(f"epoch  train loss  val loss{''.join(f'  IoU {name}' for name in config['classes'])}  mean IoU  seconds")
     for epoch in range(len(run.rows) + 1, config["epochs"] + 1):
         begun, lr = time.perf_counter(), run.schedule.get_last_lr()[0]
+        if not first:  # random numbers of its own, which need not be saved
+            torch.manual_seed(hash((config["seed"], epoch, processes.rank())) % 2**63)
         loss = train_epoch(run, loaders["train"], devices, epoch)
         trained = time.perf_counter()
         val = evaluate(run.model, loaders["val"], config, devices)
         if not math.isfinite(val["loss"]):
-            raise Diverged(f"the loss became {val['loss']} after step {steps} of epoch {epoch}")
+            raise Diverged(f"the loss became {val['loss']} after step {run.steps} of epoch {epoch}")
         if run.best is None or val["mean_iou"] > run.best["mean_iou"]:
             run.best = val
-            checkpoints.save(out / "best.pt", {"config": config, "model": run.model.state_dict()})
+            save(out / "best.pt", {"config": config, "model": run.model.state_dict()})
         run.rows.append({"epoch": epoch, "train_loss": loss, "val_loss": val["loss"],
                          **{f"val_iou_{name}": score for name, score in val["iou"].items()},
                          "val_mean_iou": val["mean_iou"], "learning_rate": lr,
                          "train_seconds": trained - begun, "seconds": time.perf_counter() - begun})
-        checkpoints.save(out / "last.pt", run.state())
+        save(out / "last.pt", run.state())
         show_progress("")
         print(f"{epoch:5}  {loss:10.4f}  {val['loss']:8.4f}"
               + "".join(f"  {score:{len(name) + 4}.4f}" for name, score in val["iou"].items())
               + f"  {val['mean_iou']:8.4f}  {run.rows[-1]['seconds']:7.1f}", flush=True)
-        checkpoints.write_log(out / "log.csv", run.rows)
+        write_log(out / "log.csv", run.rows)
 
     if not config["epochs"]:  # the network as it was drawn
         run.best = evaluate(run.model, loaders["val"], config, devices)
-        checkpoints.save(out / "best.pt", {"config": config, "model": run.model.state_dict()})
-    model = load_model(out / "best.pt")[0].to(devices[0])
-    test = evaluate(model, loaders["test"], config, devices)
+        save(out / "best.pt", {"config": config, "model": run.model.state_dict()})
+    model = run.model
+    model.load_state_dict(processes.from_first(lambda: checkpoints.load(out / "best.pt")["model"]))
+    metrics = {"config": config, "parameters": sum(weight.numel() for weight in model.parameters()),
+               "seconds_per_step": statistics.median([row["train_seconds"] for row in run.rows] or [math.nan]) / run.steps,
+               "val": run.best, "test": evaluate(model, loaders["test"], config, devices)}
+    if not first:
+        return metrics
     if run.rows:
         checkpoints.write_log(out / "log.csv", run.rows)  # that of a run that was stopped just before it wrote it
         with checkpoints.whole_file(out / "curves.png") as unfinished:
@@ -257,19 +276,9 @@ def train(config: dict, devices: list, out: Path, state: dict | None = None) -> 
         some = predict_some(model, datasets["test"], config, devices)
         tilings = [build_tiling(config, mask.shape) for mask in some["true mask"]]
         plots.draw_predictions(unfinished, some, [tiling.boxes for tiling in tilings], config["classes"], config["colors"])
-    metrics = {"config": config, "parameters": sum(weight.numel() for weight in model.parameters()),
-               "seconds": time.perf_counter() - started,
-               "seconds_per_step": statistics.median([row["train_seconds"] for row in run.rows] or [math.nan]) / steps,
-               "peak_mib": peak_mib(devices), "val": run.best, "test": test}
+    metrics |= {"seconds": time.perf_counter() - started, "peak_mib": processes.peak_mib(devices)}
     checkpoints.write_json(out / "metrics.json", metrics)
     return metrics
-
-
-def peak_mib(devices: list) -> dict[str, float]:
-    """The allocator's peak on each GPU; without one, the process's peak resident memory (Linux counts it in KiB)."""
-    if devices[0].type == "cuda":
-        return {str(device): torch.cuda.max_memory_allocated(device) / 2**20 for device in devices}
-    return {"cpu": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10}
 
 
 def show_progress(text: str):
@@ -280,60 +289,63 @@ def show_progress(text: str):
 
 # The command
 
-def find_devices(gpus: int, tiles: str) -> list[torch.device]:
-    """The GPUs asked for as far as they exist, else the CPU. Says in one line where the tiles are computed."""
-    found = min(gpus, torch.cuda.device_count())
-    devices = [torch.device("cuda", i) for i in range(found)] or [torch.device("cpu")]
-    short = f" ({gpus} GPUs asked for, {found} found)" if found < gpus else ""
-    print(f"{tiles} on {', '.join(map(str, devices))}{short}")
-    return devices
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in str(error)
+def prepare(arguments: list[str] | None, parser) -> tuple[dict, Path, dict | None]:
+    """Looks at all that is asked for and all images: the configuration, the folder of the run, and what its last.pt holds
+    if it goes on. DataError, CheckpointError, and the end of the program: they do not fit together."""
+    config, state = parse(arguments, parser), None
+    if config["resume"]:
+        out = config["resume"].parent if config["resume"].is_file() else config["resume"]
+        state, (_, config) = checkpoints.load(out / "last.pt", Run.PARTS), load_model(out / "last.pt")
+        if config["dataset"] != "synthetic":
+            found = describe(config, show_progress)
+            if any(config[name] != value for name, value in found.items()):
+                raise DataError(f"{config['data']}: the images are not those of the run; put them back, or train anew")
+        print(f"{out}: {len(state['rows'])} of {config['epochs']} epochs are done")
+    else:
+        out = Path(config["out"])
+        check_folder(out)  # before the long look at all images; it is made after that
+        config |= describe(config, show_progress)
+        out.mkdir(parents=True, exist_ok=True)
+    if config["batch_size"] < processes.count():
+        raise DataError(f"--batch-size {config['batch_size']}, but {processes.count()} processes need an image each: take "
+                        "larger batches or fewer processes")
+    return config, out, state
 
 
 def main(arguments: list[str] | None = None):
     parser = make_parser("Train a domain-decomposed U-Net. Without a GPU, every tile is computed on the CPU.")
     parser.add_argument("--resume", type=Path, metavar="RUN", help="folder of a run to go on with after its last "
                         "completed epoch, with its options; no other option goes with it")
-    config, state = parse(arguments, parser), None
+    out = Path()
     try:
-        if config["resume"]:
-            out = config["resume"].parent if config["resume"].is_file() else config["resume"]
-            state, (_, config) = checkpoints.load(out / "last.pt", Run.PARTS), load_model(out / "last.pt")
-            if config["dataset"] != "synthetic":
-                found = describe(config, show_progress)
-                if any(config[name] != value for name, value in found.items()):
-                    raise DataError(f"{config['data']}: the images are not those of the run; put them back, or train anew")
-            print(f"{out}: {len(state['rows'])} of {config['epochs']} epochs are done")
-        else:
-            out = Path(config["out"])
-            check_folder(out)  # before the long look at all images, and made after it
-            config |= describe(config, show_progress)
-            out.mkdir(parents=True, exist_ok=True)
+        config, out, state = processes.from_first(lambda: prepare(arguments, parser))
         rows, columns = config["grid"]
-        devices = find_devices(config["gpus"], f"{rows}x{columns} tiles")
+        devices = processes.find_devices(config["gpus"], f"{rows}x{columns} tiles")
+        if processes.rank():
+            sys.stdout = open(os.devnull, "w")  # the first process speaks for all
         metrics = train(config, devices, out, state)
     except KeyboardInterrupt:
-        go_on = f"go on with: python train.py --resume {shlex.quote(str(out))}" if (out / "last.pt").exists() else "nothing is lost"
-        parser.exit(130, f"\nstopped; {go_on}\n")
-    except Diverged as error:
-        parser.error(f"{error}: the likely cause is --lr {config['lr']}, take a smaller one; {out} holds the epochs before")
-    except (DataError, CheckpointError) as error:
-        parser.error(str(error))
+        go_on = f"go on with: python train.py --resume {shlex.quote(str(out))}"
+        parser.exit(130, f"\nstopped; {go_on if (out / 'last.pt').exists() else 'nothing is lost'}\n")
+    except (DataError, CheckpointError, Diverged) as error:
+        why = (f": the likely cause is --lr {config['lr']}, take a smaller one; {out} holds the epochs before"
+               if isinstance(error, Diverged) else "")
+        parser.error(f"{error}{why}") if processes.rank() == 0 else sys.exit(2)
     except OSError as error:  # of writing: what cannot be read is a DataError
         parser.error(f"{out}: cannot be written ({error}); free some space, or name another --out")
     except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
+        if processes.is_lost(error):
+            parser.error(f"process {processes.rank()}: another one has ended, so this one stops; go on with --resume {out}")
+        if not processes.is_out_of_memory(error):
             raise
         import plan  # which is made of this file
         parser.error(f"out of memory; plan.py says that this would fit: {plan.what_fits(config, devices)}")
-    print(f"\ntest IoU of the best epoch, in {metrics['seconds']:.0f} seconds:")
+    print(f"\ntest IoU of the best epoch, in {metrics.get('seconds', 0):.0f} seconds:")
     for name, score in [*metrics["test"]["iou"].items(), ("mean", metrics["test"]["mean_iou"])]:
         print(f"  {name:12} {score:.4f}")
     print(f"See {out}: {', '.join(sorted(path.name for path in out.iterdir()))}")
 
 
 if __name__ == "__main__":
-    main()
+    with processes.together():
+        main()

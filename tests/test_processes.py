@@ -1,0 +1,132 @@
+"""Several processes, as torchrun starts them, against one that does the same by hand."""
+
+import copy
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import ROOT
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, Subset
+
+import checkpoints
+import processes
+import train
+from metrics import IGNORE, dice_cross_entropy, loss_sums
+from synthetic import LinesAndCircles
+
+CPU = [torch.device("cpu")]
+IMAGES, BATCH = 7, 5  # the last batch has 2 images: too few for three processes
+CONFIG = {"channels": 1, "classes": LinesAndCircles.classes, "width": 2, "depth": 2, "dropout": 0.0, "comm_channels": 4,
+          "dilations": [1, 2], "recompute": False, "mean": [0.5], "std": [2.0], "amp": False, "seed": 0, "lr": 0.01,
+          "epochs": 1, "batch_size": BATCH, "image_size": (32, 64), "grid": (2, 2), "overlap": 0}
+
+
+def start(config: dict):
+    """The images, the same batches every time, and a run before its first step; all in float64."""
+    torch.set_default_dtype(torch.float64)
+    data = LinesAndCircles(IMAGES, size=(32, 64), grid=(1, 2))
+    batches = BatchSampler(RandomSampler(data, generator=torch.Generator().manual_seed(1)), BATCH, drop_last=False)
+    return data, batches, train.Run(config, IMAGES, CPU[0])
+
+
+def one_of_many(rank: int, count: int, folder: str, config: dict):
+    """Process `rank`: an epoch and an evaluation. Leaves what came out in the file `folder`/`rank`."""
+    torch.Tensor.float = torch.Tensor.double  # the sums of the loss, else in float32
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=count)
+    data, batches, run = start(config)
+    loss = train.train_epoch(run, DataLoader(data, batch_sampler=processes.Shares(batches)), CPU, epoch=1)
+    measured = train.evaluate(run.model, DataLoader(Subset(data, range(rank, IMAGES, count))), config, CPU)
+    torch.save([loss, measured, [weight.grad for weight in run.model.parameters()], run.model.state_dict()],
+               f"{folder}/{rank}")
+    dist.destroy_process_group()
+
+
+def many_by_hand(count: int, config: dict):
+    """The same in one process: the same weights, and for every process its own running statistics."""
+    data, batches, run = start(config)
+    shared = {id(weight): weight for weight in run.model.parameters()}
+    models = [copy.deepcopy(run.model, dict(shared)).train() for _ in range(count)]
+    tiling = train.build_tiling(config, (32, 64))
+    losses = []
+    for batch in batches:
+        sums = 0
+        for rank, model in enumerate(models):
+            images, masks = map(torch.stack, zip(*(data[i] for i in batch[rank::count] or batch[:1])))
+            if rank >= len(batch):
+                masks[:] = IGNORE
+            masks = tiling.split(masks)
+            sums += sum(train.run_tiles(model, images, tiling, CPU,
+                                        lambda i, logits, masks=masks: loss_sums(logits, masks[i])))
+        loss = dice_cross_entropy(sums)
+        run.optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(run.model.parameters(), 1.0)
+        run.optimizer.step()
+        run.schedule.step()
+        losses.append(loss.item())
+    for name, buffer in run.model.named_buffers():
+        mean = torch.stack([model.get_buffer(name).double() for model in models]).mean(dim=0)
+        buffer.copy_(mean)
+    measured = train.evaluate(run.model, DataLoader(data), config, CPU)
+    return [sum(losses) / len(losses), measured, [w.grad for w in run.model.parameters()], run.model.state_dict()]
+
+
+@pytest.mark.parametrize("count, recompute", [(2, True), (3, False)])
+def test_many_processes_learn_and_measure_what_one_does(count, recompute, tmp_path, monkeypatch):
+    config = CONFIG | {"recompute": recompute}
+    torch.multiprocessing.spawn(one_of_many, (count, str(tmp_path), config), nprocs=count)
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+    try:
+        expected = many_by_hand(count, config)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for rank in range(count):
+        torch.testing.assert_close(torch.load(tmp_path / str(rank)), expected, rtol=1e-10, atol=1e-10)
+
+
+OPTIONS = "--width 2 --depth 2 --comm-channels 4 --train-images 64 --epochs 5 --batch-size 8 --dropout 0.1".split()
+
+
+def torchrun(out, *options) -> subprocess.Popen:
+    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # see the README
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *options,
+               ROOT / "train.py", *OPTIONS, "--out", out]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def kill_one(run: subprocess.Popen, out):
+    """Kills one of the two processes after the first epoch."""
+    while run.poll() is None and not (out / "log.csv").exists():
+        time.sleep(0.01)
+    children = subprocess.run(["pgrep", "-P", str(run.pid), "-f", "train.py"], capture_output=True, text=True).stdout
+    os.kill(int(children.split()[-1]), signal.SIGKILL)
+
+
+def epochs(out) -> list[int]:
+    return [row["epoch"] for row in checkpoints.load(out / "last.pt")["rows"]]
+
+
+def test_when_a_process_dies_the_others_end_and_one_alone_goes_on(tmp_path, capsys):
+    out = tmp_path / "run"
+    run = torchrun(out)
+    kill_one(run, out)
+    said, complained = run.communicate(timeout=60)
+    assert run.returncode != 0 and "process 1 of 2: 2x2 tiles on cpu" in said
+    assert complained.count("Traceback") == 1 and "ChildFailedError" in complained  # the only one is torchrun's own
+    assert 1 <= len(epochs(out)) < 5
+    train.main(["--resume", str(out)])
+    assert epochs(out) == [1, 2, 3, 4, 5] and (out / "metrics.json").exists()
+
+
+def test_torchrun_restarts_a_run_where_it_was(tmp_path):
+    out = tmp_path / "run"
+    run = torchrun(out, "--max-restarts", "1")
+    kill_one(run, out)
+    said, complained = run.communicate(timeout=120)
+    assert run.returncode == 0 and epochs(out) == [1, 2, 3, 4, 5], complained[-2000:]
+    assert f"{out}: " in said and "of 5 epochs are done" in said and said.count("See ") == 1
