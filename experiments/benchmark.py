@@ -3,6 +3,7 @@
     python -m experiments.benchmark                                       # 20 minutes on two CPU cores
     python -m experiments.benchmark --sizes 1024 --rounds 3               # 3 minutes
     python -m experiments.benchmark --sizes 8192 --grid 16x16 --only recompute --rounds 1
+    python -m experiments.benchmark --distributed                         # two processes against one: distributed.py
     python -m experiments.benchmark --quick                               # seconds
 
 Forward, loss, backward and Adam on one random image that is there already: no data loading. All contestants take
@@ -27,6 +28,7 @@ import options
 import plan
 import plots
 import train
+from experiments import distributed
 
 PLAIN = {"grid": (1, 1), "comm_channels": 0}
 CONTESTANTS = {"plain U-Net": PLAIN, "plain U-Net, bf16": PLAIN | {"amp": True}, "decomposed": {},
@@ -144,8 +146,11 @@ def main(arguments: list[str] | None = None):
     option("--comm-channels", type=number(0), default=32, help="communicated channels")
     option("--rounds", type=number(1), default=5, help="steps of each contestant")
     option("--only", default="", metavar="WORD", help="contestants with this word in their name")
+    option("--distributed", action="store_true", help="two processes against one instead; see experiments/distributed.py")
     option("--quick", action="store_true", help="a smoke run")
     asked = parser.parse_args(arguments)
+    if asked.distributed:
+        return distributed.main(asked.quick)
     if asked.quick:
         asked.sizes, asked.grid, asked.width, asked.depth, asked.rounds, asked.comm_channels = [64], (2, 2), 2, 2, 1, 8
     names = [name for name in CONTESTANTS if asked.only in name]
