@@ -41,6 +41,8 @@ def load(path: Path, needs: tuple[str, ...] = ("config", "model")) -> dict:
         raise CheckpointError(f"{path}: no such file; name a checkpoint that train.py wrote, runs/NAME/best.pt")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
     except Exception as error:  # a damaged file fails in as many ways as there are places in it
         reason = "it holds code, which is not run" if "GLOBAL" in str(error) else "it is damaged, or no checkpoint"
         raise CheckpointError(f"{path}: cannot be loaded, {reason}; name a checkpoint that train.py wrote") from None

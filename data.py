@@ -31,7 +31,7 @@ def build_datasets(config: dict) -> dict[str, Dataset]:
 
 
 def describe(config: dict, progress: Callable) -> dict:
-    """What the data add to the configuration: channels, classes, colors, mean, std and image_size. DataError."""
+    """What the data add to the configuration: channels, dtype (None: any), classes, colors, mean, std and image_size. DataError."""
     try:
         datasets = build_datasets(config)
     except DataError:
@@ -40,7 +40,8 @@ def describe(config: dict, progress: Callable) -> dict:
         raise DataError(f"--image-size: {error}") from None
     data = datasets["train"]
     if config["dataset"] == "synthetic":
-        known = {"channels": data.channels, "classes": data.classes, "colors": data.colors, "mean": [0.0], "std": [1.0]}
+        known = {"channels": data.channels, "classes": data.classes, "colors": data.colors, "mean": [0.0], "std": [1.0],
+                 "dtype": None}
         sizes = {config["image_size"]: "--image-size"}
     else:
         names = class_names(Path(config["data"]), config["dataset"] == "deepglobe")
@@ -59,7 +60,7 @@ def survey(folders: dict[str, ImageFolder], names: list[str] | None,
            progress: Callable = lambda text: None) -> tuple[dict, dict]:
     """Reads every pair of train, val and test once. names: of the classes, if they are known. DataError.
 
-    Returns what the images tell (channels; classes and colors; mean and std of each channel of the training images,
+    Returns what the images tell (channels; dtype; classes and colors; mean and std of each channel of the training images,
     where white is 1), and the sizes of the training images: {(H, W): an image of that size}.
     """
     pairs = [(folder, pair) for folder in folders.values() for pair in folder.pairs]
@@ -101,7 +102,7 @@ def survey(folders: dict[str, ImageFolder], names: list[str] | None,
     names = names or [f"class {i}" for i in sorted(found)]
     mean = sums / pixels
     std = (squares / pixels - mean.square()).clamp(min=0).sqrt()
-    return {"channels": image.shape[2], "classes": names, "colors": class_colors(names), "mean": mean.tolist(),
+    return {"channels": image.shape[2], "dtype": str(image.dtype), "classes": names, "colors": class_colors(names), "mean": mean.tolist(),
             "std": std.where(std > 0, 1).tolist()}, sizes
 
 

@@ -25,6 +25,7 @@ from torch.utils.data import Dataset
 IGNORE = 255
 SPLITS = ("train", "val", "test")
 PICTURES = (".png", ".jpg", ".jpeg")
+UNREADABLE = (".tif", ".tiff", ".bmp", ".gif", ".webp", ".jp2", ".npz")
 Pair = tuple[Path, Path]  # image, mask
 Image.MAX_IMAGE_PIXELS = None  # large images are what this is for
 
@@ -37,9 +38,9 @@ class DataError(ValueError):
 
 def open_picture(path: Path) -> Image.Image:
     if not path.is_file():
-        raise DataError(f"{path}: no such file; name one that is there")
+        raise DataError(f"{path}: {'a folder' if path.is_dir() else 'no such file'}; name a PNG, a JPEG or an .npy")
     try:
-        with Image.open(path) as picture:
+        with Image.open(path, formats=("PNG", "JPEG")) as picture:
             picture.load()
             return picture
     except Exception as error:  # a damaged file fails in as many ways as there are places in it
@@ -50,11 +51,13 @@ def open_picture(path: Path) -> Image.Image:
 def open_array(path: Path, dimensions: tuple[int, ...], shape: str) -> np.ndarray:
     try:
         array = np.load(path, mmap_mode="c")  # "c": changes, which torch asks to be possible, would not reach the file
+        if not isinstance(array, np.ndarray):
+            raise ValueError("an archive of several")
     except Exception as error:
         raise DataError(f"{path}: cannot be read as an array ({error}); save it again with numpy.save") from None
     if array.ndim not in dimensions or 0 in array.shape:
         raise DataError(f"{path}: an array of shape {array.shape} where {shape} was expected")
-    if array.dtype.kind not in "buif" or not array.dtype.isnative:
+    if array.dtype.kind not in "buif" or array.dtype.itemsize > 8 or not array.dtype.isnative:
         raise DataError(f"{path}: an array of {array.dtype} where numbers were expected; convert it with .astype")
     return array
 
@@ -109,7 +112,11 @@ def read_deepglobe_mask(path: Path) -> np.ndarray:
     for i, (red, green, blue) in enumerate(DEEPGLOBE.values()):
         if red or green or blue:
             index[4 * red + 2 * green + blue] = i
-    red, green, blue = np.moveaxis(np.array(open_picture(path).convert("RGB")) >> 7, 2, 0)
+    picture = open_picture(path)
+    if picture.mode not in ("RGB", "RGBA", "P"):
+        raise DataError(f"{path}: a grey mask ({picture.mode}) where DeepGlobe's colours were expected; for class indices take "
+                        "--dataset folder")
+    red, green, blue = np.moveaxis(np.array(picture.convert("RGB")) >> 7, 2, 0)
     return index[4 * red + 2 * green + blue]
 
 
@@ -121,10 +128,13 @@ say = functools.cache(print)  # each thing once, however often a folder is opene
 def files(folder: Path, ending: str = "") -> dict[str, Path]:
     """The images of a folder by name, without `ending`."""
     if not folder.is_dir():
-        raise DataError(f"{folder}: no such folder; see the top of image_folder.py for the layout")
+        raise DataError(f"{folder}: no such folder; images belong in DIR/train/images and masks in DIR/train/masks, and the "
+                        "same in DIR/val and DIR/test if these are there")
     found = {}
     for path in sorted(folder.iterdir()):
         hidden = path.name.startswith(".")
+        if path.suffix.lower() in UNREADABLE and not hidden:
+            raise DataError(f"{path}: only PNG, JPEG and .npy can be read; convert it, or move it elsewhere")
         if path.suffix.lower() in (*PICTURES, ".npy") and path.stem.endswith(ending) and not hidden:
             name = unicodedata.normalize("NFC", path.stem.removesuffix(ending))  # file systems write accents in two ways
             if name in found:

@@ -14,6 +14,7 @@ import processes
 from decompose import Tiling
 from image_folder import DataError
 
+LARGE = 2**20  # of anything that can be asked for: with more, PyTorch overflows
 SMALL = 256  # pixels; a CPU takes three times as long for an image in tiles of 32x32
 
 class Parser(argparse.ArgumentParser):
@@ -39,8 +40,8 @@ def number(smallest, kind=int, largest=math.inf):
 def pair(text: str) -> tuple[int, int]:
     """An argparse type: two numbers of 1 or more, as in 2x3."""
     first, _, second = text.partition("x")
-    if not (first.isdecimal() and second.isdecimal() and int(first) and int(second)):
-        raise argparse.ArgumentTypeError(f"{text!r} is not two numbers of 1 or more, as in 2x3")
+    if not (first.isdecimal() and second.isdecimal() and 1 <= int(first) <= LARGE and 1 <= int(second) <= LARGE):
+        raise argparse.ArgumentTypeError(f"{text!r} is not two numbers of 1 to {LARGE}, as in 2x3")
     return int(first), int(second)
 
 
@@ -76,7 +77,7 @@ def make_parser(description: str) -> Parser:
            "time (default: whole images)")
     option("--augment", action=argparse.BooleanOptionalAction, default=True, help="flip images from a folder at random, "
            "and turn square ones")
-    option("--gpus", type=number(1), default=unset, help="GPUs to use (default: all there are)")
+    option("--gpus", type=number(1, largest=LARGE), default=unset, help="GPUs to use (default: all there are)")
     option("--grid", type=pair, default=unset, metavar="RxC", help="rows x columns of tiles (default: 2x2 for up to 4 "
            "GPUs, else one or two tiles for each, as square as can be)")
     option("--overlap", type=number(0), default=0, metavar="PX", help="pixels that a tile sees beyond its borders, "
@@ -90,10 +91,10 @@ def make_parser(description: str) -> Parser:
            "each convolution of the communication network; together they see 2 * sum * 2^depth pixels to every side")
     option("--dropout", type=number(0, float), default=0.0, help="probability of a channel to be left out")
     option("--image-size", type=size, default=unset, metavar="N|HxW", help="pixels of the synthetic images (default: 64)")
-    option("--train-images", type=number(1), default=unset, metavar="N", help="synthetic images to learn from; "
+    option("--train-images", type=number(1, largest=2**31), default=unset, metavar="N", help="synthetic images to learn from; "
            "validation and test have an eighth each (default: 2400)")
     option("--epochs", type=number(0), default=4, help="passes over the training images; 0: only evaluate")
-    option("--batch-size", type=number(1), default=16, help="images per step")
+    option("--batch-size", type=number(1, largest=LARGE), default=16, help="images per step")
     option("--lr", type=number(0, float), default=0.015, help="peak of the one-cycle learning rate")
     option("--recompute", action="store_true", help="forget every tile's activations and compute them again when they "
            "are needed: memory for one tile per GPU, whatever the image")
@@ -116,6 +117,8 @@ def parse(arguments: list[str] | None, parser: Parser, **defaults) -> dict:
     gpus = config.setdefault("gpus", min(processes.gpus_each(), rows * columns))
     config.setdefault("amp", has_bfloat16())
     k, coarse_channels = config["comm_channels"], config["width"] * 2 ** config["depth"]
+    if rows * columns > LARGE:
+        parser.error(f"--grid {rows}x{columns}: take at most {LARGE} tiles")
     if gpus > rows * columns:
         parser.error(f"--gpus {gpus}, but --grid {rows}x{columns} has only {rows * columns} tiles: take fewer GPUs or "
                      "a finer grid")
@@ -132,6 +135,10 @@ def parse(arguments: list[str] | None, parser: Parser, **defaults) -> dict:
         parser.error(f"--data {config['data']}: say also what is in it, --dataset folder or --dataset deepglobe")
     if config["dataset"] != "synthetic" and not config["data"]:
         parser.error(f"--dataset {config['dataset']}: say also where it is, --data DIR")
+    if config["data"]:
+        config["data"] = config["data"].absolute()  # --resume may be called from elsewhere
+        if config["data"] in config.get("out", Path("runs")).absolute().parents:
+            parser.error(f"--out {config['out']}: is inside --data, where it would be taken for images; name another --out")
     if config["crop"] and config["dataset"] == "synthetic":
         parser.error("--crop is for --dataset folder or deepglobe; for synthetic take --image-size")
     if "out" not in config:
@@ -161,7 +168,7 @@ def check_sizes(config: dict, sizes: dict[tuple[int, int], str], images: int) ->
     except ValueError as error:
         rows, columns = config["grid"]
         raise DataError(f"{sizes[size]}: --grid {rows}x{columns} --overlap {config['overlap']} --depth {config['depth']}: "
-                        f"{error}; take a coarser --grid, a smaller --depth or another --overlap") from None
+                        f"{error}; take another --grid, --depth or --overlap") from None
     last_batch = images % batch or min(images, batch)
     smallest = min(max(number // processes.count(), 1) for number in (min(images, batch), last_batch))
     if smallest == 1 and any((1, 1) == (bottom - top, right - left)
@@ -189,13 +196,24 @@ def build_tiling(config: dict, size: tuple[int, int], grid: tuple[int, int] | No
     return cut(tuple(size), tuple(grid), cell, overlap)
 
 
+def explain(error: OSError, path: Path) -> str:
+    """One line for a file or folder that cannot be used; `path`, if the error names none."""
+    return f"{error.filename or path}: {error.strerror or error}; it must be open to you and its disk have space, or name another"
+
+
 def check_folder(path: Path):
     """DataError: no files can be written there, even if it were made."""
     there = next(folder for folder in [path, *path.absolute().parents] if folder.exists())
     if not (there.is_dir() and os.access(there, os.W_OK)):
-        raise DataError(f"{path}: cannot be written, as {there} is a file or closed to you; name another --out")
+        raise DataError(f"--out {path}: cannot be written, as {there} is a file or closed to you; name another --out")
 
 
 def new_folder(name: str) -> Path:
     """`name`, or if that exists already, `name-2`, `name-3`, ..."""
     return next(path for i in itertools.count(1) if not (path := Path(name if i == 1 else f"{name}-{i}")).exists())
+
+
+def show_progress(text: str):
+    """On a terminal, one line that is overwritten; elsewhere nothing."""
+    if sys.stdout.isatty():
+        print(f"\r\033[K{text}", end="", flush=True)

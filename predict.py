@@ -31,13 +31,16 @@ from data import finite_blocks, indices
 from decompose import DecomposedUNet, Tiling
 from image_folder import DataError
 from metrics import confusion, mean_iou, near_seam, scores
-from options import Parser, build_tiling, check_folder, new_folder, number, pair
+from options import Parser, build_tiling, check_folder, explain, new_folder, number, pair, show_progress
 
 
-def predict(model: DecomposedUNet, config: dict, path: Path, grid, devices: list, out: Path) -> tuple[np.ndarray, Tiling]:
-    """Writes the mask and the overlay of one image to the folder `out`. Returns the mask (H,W) and how the image was cut.
-    DataError: it cannot be read, cut, or understood by this network, or a file of this name is there already."""
-    image = image_folder.read_image(path)
+def predict(model: DecomposedUNet, config: dict, image: np.ndarray, path: Path, grid, devices: list,
+            out: Path) -> tuple[np.ndarray, Tiling]:
+    """Writes the mask and the overlay of the image (H,W,C) of the file `path` to the folder `out`. Returns the mask (H,W)
+    and how the image was cut. DataError: it cannot be cut, or understood by this network, or has been done already."""
+    if image.dtype != (config["dtype"] or image.dtype):
+        raise DataError(f"{path}: numbers of {image.dtype}, but the network was trained on {config['dtype']}; bring it to the "
+                        "same type and range")
     if image.shape[2] != config["channels"]:
         raise DataError(f"{path}: a {image.shape[2]}-channel image, but the network was trained on {config['channels']}-channel "
                         "images; convert it")
@@ -51,10 +54,10 @@ def predict(model: DecomposedUNet, config: dict, path: Path, grid, devices: list
     overlay_path = out / f"{path.stem}-overlay.png"
     for written in (mask_path, overlay_path):
         if written.exists():
-            raise DataError(f"{written}: is there already; remove it, or take another --out")
+            raise DataError(f"{written}: is there already; take another --out")
 
     out.mkdir(parents=True, exist_ok=True)
-    with checkpoints.whole_file(mask_path) as unfinished:
+    with checkpoints.whole_file(mask_path) as unfinished, checkpoints.whole_file(overlay_path) as unfinished_overlay:
         if path.suffix.lower() == ".npy":
             mask = np.lib.format.open_memmap(unfinished, mode="w+", dtype=np.uint8, shape=image.shape[:2])
         else:
@@ -66,8 +69,7 @@ def predict(model: DecomposedUNet, config: dict, path: Path, grid, devices: list
             picture = Image.fromarray(mask)
             picture.putpalette(np.rint(255 * np.array(config["colors"])).astype(np.uint8).tobytes())
             picture.save(unfinished, format="PNG")
-    with checkpoints.whole_file(overlay_path) as unfinished:
-        overlay(image, mask, config["colors"]).save(unfinished, format="PNG")
+        overlay(image, mask, config["colors"]).save(unfinished_overlay, format="PNG")
     return mask, tiling
 
 
@@ -79,23 +81,29 @@ def overlay(image: np.ndarray, mask: np.ndarray, colors: list) -> Image.Image:
     return Image.fromarray(np.rint(255 * blend).astype(np.uint8))
 
 
-def score(mask: np.ndarray, tiling: Tiling, config: dict, path: Path, masks: Path) -> torch.Tensor:
-    """The confusion (2,L,L) of a predicted mask with the true one of the same name. DataError: there is none that fits."""
+def true_mask(masks: Path, path: Path, size: tuple[int, int], config: dict) -> np.ndarray:
+    """The mask in the folder `masks` that has the name of the image `path`. DataError: there is none that fits."""
     deepglobe = config["dataset"] == "deepglobe"
     name = unicodedata.normalize("NFC", path.stem.removesuffix("_sat" if deepglobe else ""))
     truth_path = image_folder.files(masks, "_mask" if deepglobe else "").get(name)
     if truth_path is None:
         raise DataError(f"{path}: {masks} holds no mask named {name}; add it")
     truth = (image_folder.read_deepglobe_mask if deepglobe else image_folder.read_mask)(truth_path)
-    if truth.shape != mask.shape:
+    if truth.shape != size:
         raise DataError(f"{truth_path}: {truth.shape[0]}x{truth.shape[1]} pixels, but the image has "
-                        f"{mask.shape[0]}x{mask.shape[1]}; they must be equal")
-    indices(truth, truth_path, len(config["classes"]))
+                        f"{size[0]}x{size[1]}; they must be equal")
+    if not indices(truth, truth_path, len(config["classes"])):
+        raise DataError(f"{truth_path}: no pixel counts; give a mask with a class")
+    return truth
+
+
+def score(mask: np.ndarray, truth: np.ndarray, tiling: Tiling, classes: int) -> torch.Tensor:
+    """The confusion (2,L,L) of a predicted mask (H,W) with the true one."""
     counts = 0
     for i, (top, bottom, left, right) in enumerate(tiling.boxes):
         parts = [torch.from_numpy(x[top:bottom, left:right])[None] for x in (mask, truth)]
         near = near_seam(tiling, i, torch.device("cpu"))[:parts[0].shape[1], :parts[0].shape[2]]
-        counts = counts + confusion(*parts, near, len(config["classes"]))
+        counts = counts + confusion(*parts, near, classes)
     return counts
 
 
@@ -115,15 +123,17 @@ def main(arguments: list[str] | None = None):
     twice = [name for name, count in Counter(path.stem for path in asked.images).items() if count > 1]
     if twice:
         parser.error(f"two images are named {twice[0]}, and so would be their masks; predict them one after the other")
-    if asked.masks and not asked.masks.is_dir():
-        parser.error(f"--masks {asked.masks}: no such folder")
-    if asked.masks and (out / "metrics.json").exists():
-        parser.error(f"{out / 'metrics.json'}: is there already; remove it, or take another --out")
     try:
+        if asked.masks and not asked.masks.is_dir():
+            parser.error(f"--masks {asked.masks}: no such folder")
+        if asked.masks and (out / "metrics.json").exists():
+            parser.error(f"{out / 'metrics.json'}: is there already; take another --out")
         model, config = train.load_model(asked.checkpoint)
         check_folder(out)
     except (CheckpointError, DataError) as error:
         parser.error(str(error))
+    except OSError as error:
+        parser.error(explain(error, out))
 
     devices = processes.find_devices(getattr(asked, "gpus", torch.cuda.device_count()), "tiles")
     model.to(devices[0]).recompute = True  # nothing is remembered of a tile but what it sends
@@ -131,18 +141,20 @@ def main(arguments: list[str] | None = None):
     for path in asked.images:
         started = time.perf_counter()
         try:
-            mask, tiling = predict(model, config, path, asked.grid, devices, out)
+            image = image_folder.read_image(path)
+            truth = true_mask(asked.masks, path, image.shape[:2], config) if asked.masks else None
+            mask, tiling = predict(model, config, image, path, asked.grid, devices, out)
             if asked.masks:
-                counts[path.name] = score(mask, tiling, config, path, asked.masks)
+                counts[path.name] = score(mask, truth, tiling, len(config["classes"]))
         except (RuntimeError, MemoryError) as error:
             if not processes.is_out_of_memory(error):
                 raise
             parser.error(f"{path}: out of memory; take a --grid of more tiles")
         except (DataError, OSError) as error:
             failed += 1
-            print(f"{parser.prog}: error: {error}", file=sys.stderr)
+            print(f"{parser.prog}: error: {explain(error, out) if isinstance(error, OSError) else error}", file=sys.stderr)
             continue
-        train.show_progress("")
+        show_progress("")
         known = f", mean IoU {mean_iou(counts[path.name].sum(dim=0)):.4f}" if asked.masks else ""
         print(f"{path}: {tiling.size[0]}x{tiling.size[1]} pixels in {tiling.grid[0]}x{tiling.grid[1]} tiles, "
               f"{time.perf_counter() - started:.1f} seconds{known}", flush=True)

@@ -36,7 +36,7 @@ from data import build_datasets, collate, describe
 from decompose import DecomposedUNet, Tiling
 from image_folder import DataError
 from metrics import IGNORE, confusion, dice_cross_entropy, loss_sums, near_seam, scores
-from options import build_tiling, check_folder, make_parser, parse
+from options import build_tiling, check_folder, explain, make_parser, parse, show_progress
 from unet import Decoder, Encoder
 
 class Diverged(ArithmeticError):
@@ -76,6 +76,8 @@ def load_model(path: Path) -> tuple[DecomposedUNet, dict]:
     try:
         model = build_model(state["config"])
         model.load_state_dict(state["model"])
+        for name in ("dataset", "dtype", "colors", "grid", "image_size", "overlap", "seed"):  # what the others ask for
+            state["config"][name]
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError):
         raise CheckpointError(f"{path}: its weights do not fit its configuration, or it comes from another "
                                           "version of train.py; name another checkpoint") from None
@@ -231,6 +233,7 @@ def train(config: dict, devices: list, out: Path, state: dict | None = None) -> 
         loaders[split] = load(mine, batch if config["dataset"] == "synthetic" else 1)
     if state is not None:
         run.restore(state)
+        started -= sum(row["seconds"] for row in run.rows)
     else:
         save(out / "last.pt", run.state())
 
@@ -281,12 +284,6 @@ def train(config: dict, devices: list, out: Path, state: dict | None = None) -> 
     return metrics
 
 
-def show_progress(text: str):
-    """On a terminal, one line that is overwritten; elsewhere nothing."""
-    if sys.stdout.isatty():
-        print(f"\r\033[K{text}", end="", flush=True)
-
-
 # The command
 
 def prepare(arguments: list[str] | None, parser) -> tuple[dict, Path, dict | None]:
@@ -295,6 +292,8 @@ def prepare(arguments: list[str] | None, parser) -> tuple[dict, Path, dict | Non
     config, state = parse(arguments, parser), None
     if config["resume"]:
         out = config["resume"].parent if config["resume"].is_file() else config["resume"]
+        if not (out / "last.pt").is_file():
+            raise CheckpointError(f"--resume {out}: holds no last.pt; name the folder of a run, runs/NAME")
         state, (_, config) = checkpoints.load(out / "last.pt", Run.PARTS), load_model(out / "last.pt")
         if config["dataset"] != "synthetic":
             found = describe(config, show_progress)
@@ -328,11 +327,11 @@ def main(arguments: list[str] | None = None):
         go_on = f"go on with: python train.py --resume {shlex.quote(str(out))}"
         parser.exit(130, f"\nstopped; {go_on if (out / 'last.pt').exists() else 'nothing is lost'}\n")
     except (DataError, CheckpointError, Diverged) as error:
-        why = (f": the likely cause is --lr {config['lr']}, take a smaller one; {out} holds the epochs before"
+        why = (f": the likely cause is --lr {config['lr']}, take a smaller one; {out} holds what was saved before"
                if isinstance(error, Diverged) else "")
         parser.error(f"{error}{why}") if processes.rank() == 0 else sys.exit(2)
-    except OSError as error:  # of writing: what cannot be read is a DataError
-        parser.error(f"{out}: cannot be written ({error}); free some space, or name another --out")
+    except OSError as error:
+        parser.error(explain(error, out))
     except (RuntimeError, MemoryError) as error:
         if processes.is_lost(error):
             parser.error(f"process {processes.rank()}: another one has ended, so this one stops; go on with --resume {out}")

@@ -22,7 +22,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 import checkpoints
 import train
 from data import describe
-from options import build_tiling, make_parser, parse
+from options import build_tiling, make_parser, parse, show_progress
 
 CORES, CPU = 2, [torch.device("cpu")]
 
@@ -67,7 +67,7 @@ def work(rank: int, count: int, folder: str, config: dict, steps: int):
 
 def main(quick: bool):
     config = parse(["--train-images", "16", *(["--width", "2", "--comm-channels", "4"] if quick else [])], make_parser(""))
-    config |= describe(config, train.show_progress)
+    config |= describe(config, show_progress)
     folder = Path("runs/distributed-quick" if quick else "runs/distributed")
     folder.mkdir(parents=True, exist_ok=True)
     rows = []

@@ -100,6 +100,8 @@ def test_deepglobe_colours_are_cut_at_128_and_unknown_does_not_count(tmp_path):
     assert np.array_equal(image_folder.read_deepglobe_mask(tmp_path / "train/1_mask.png"), masks["1"])
     red = save(tmp_path / "red.png", np.full((2, 2, 3), (200, 90, 90), np.uint8))
     assert (image_folder.read_deepglobe_mask(red) == 255).all()
+    with pytest.raises(image_folder.DataError, match="for class indices take --dataset folder"):
+        image_folder.read_deepglobe_mask(save(tmp_path / "grey.png", MASK))
 
 
 def test_an_array_is_mapped_and_read_where_it_is_touched(tmp_path):
@@ -217,6 +219,8 @@ FAULTS = [  # what is done to an image, its mask or their folder, and what must 
     (lambda image, mask: replace(image, ".npy", np.zeros(24, np.uint8)), "(H,W) or (H,W,C) was expected"),
     (lambda image, mask: replace(image, ".npy", np.array([{}])), "3.npy: cannot be read as an array"),
     (lambda image, mask: replace(image, ".npy", np.zeros((16, 24), "c16")), "numbers were expected"),
+    (lambda image, mask: replace(image, ".npy", np.zeros((16, 24), "g")), "numbers were expected"),
+    (lambda image, mask: image.rename(image.with_suffix(".tif")), "3.tif: only PNG, JPEG and .npy can be read"),
     (lambda image, mask: image.rename(image.with_suffix(".npy")), "3.npy: cannot be read as an array"),
     (every("images", lambda i, path: replace(path, ".npy", np.full((16, 24), [0.0, np.nan][i == 3]))), "holds nan, inf"),
     (every("images", lambda i, path: replace(path, ".npy", np.full((16, 24), 1e39))), "holds nan, inf or numbers beyond"),

@@ -129,9 +129,12 @@ def test_a_broken_image_is_skipped_and_the_others_are_done(grey, tmp_path, capsy
     ("color.png", "", "a 3-channel image, but the network was trained on 1-channel images"),
     ("missing.png", "", "missing.png: no such file"),
     ("grey.png", "--grid 99x1", "99 rows of tiles: an image of 32x32 pixels"),
-    ("grey.png", "--grid 0x2", "--grid: '0x2' is not two numbers of 1 or more"),
+    ("grey.png", "--grid 0x2", "--grid: '0x2' is not two numbers of 1 to 1048576"),
     ("grey.png", "--gpus 0", "--gpus: '0' is not a number of 1 or more"),
     ("nan.npy", "", "nan.npy: holds nan"),
+    ("archive.npy", "", "archive.npy: cannot be read as an array (an archive of several)"),
+    ("picture.tif", "", "picture.tif: cannot be read (no PNG or JPEG)"),
+    (".", "", ".: a folder; name a PNG"),
     ("grey.png", "--masks nowhere", "--masks nowhere: no such folder"),
     ("grey.png", "--out .", "grey.png: is there already"),
     ("grey.png", "--out color.png", "color.png"),
@@ -139,7 +142,9 @@ def test_a_broken_image_is_skipped_and_the_others_are_done(grey, tmp_path, capsy
 def test_bad_input_ends_with_one_line_and_status_2(name, options, message, grey, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     save(tmp_path / "grey.png", np.zeros((32, 32), np.uint8)), save(tmp_path / "color.png", np.zeros((32, 32, 3), np.uint8))
-    np.save(tmp_path / "nan.npy", np.full((32, 32), np.nan))
+    np.save(tmp_path / "nan.npy", np.full((32, 32), np.nan)), save(tmp_path / "picture.tif", np.zeros((32, 32), np.uint8))
+    with open(tmp_path / "archive.npy", "wb") as file:
+        np.savez(file, image=np.zeros((32, 32)))
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
     assert run(grey, name, *options.split()) == 2
     said = capsys.readouterr().err
@@ -161,6 +166,9 @@ def test_deepglobe_from_its_layout_to_masks(tmp_path, capsys):
     assert metrics["test"]["seam"].keys() == {"mean_iou_border", "mean_iou_interior"}
     image = tmp_path / "data/train/3_sat.jpg"
     assert run(tmp_path / "run/best.pt", image, "--masks", tmp_path / "data/train", "--out", tmp_path / "out") == 0
+    np.save(tmp_path / "other.npy", np.zeros((24, 32, 3), np.float32))
+    assert run(tmp_path / "run/best.pt", tmp_path / "other.npy", "--out", tmp_path / "out") == 2
+    assert "numbers of float32, but the network was trained on uint8" in capsys.readouterr().err
     predicted, known = np.array(Image.open(tmp_path / "out/3_sat.png")), masks["3"] != 255
     scores = json.loads((tmp_path / "out/metrics.json").read_text())["all"]
     for label, name in enumerate(metrics["config"]["classes"][:6]):
@@ -180,6 +188,16 @@ def test_a_folder_of_several_sizes_trains_on_crops_and_on_whole_images(tmp_path)
         metrics = json.loads((tmp_path / name / "metrics.json").read_text())
         assert metrics["config"]["classes"] == ["class 0", "class 1", "class 2"] and metrics["test"]["mean_iou"] > 0
     assert json.loads((tmp_path / "crops/metrics.json").read_text())["config"]["image_size"] == [24, 32]
+
+
+def test_without_its_true_mask_nothing_is_written(grey, tmp_path, capsys):
+    image = save(tmp_path / "a.png", np.zeros((32, 32), np.uint8))
+    save(tmp_path / "masks/b.png", np.zeros((32, 32), np.uint8))
+    assert run(grey, image, "--masks", tmp_path / "masks", "--out", tmp_path / "out") == 2
+    assert "holds no mask named a" in capsys.readouterr().err and not (tmp_path / "out").exists()
+    save(tmp_path / "masks/a.png", np.full((32, 32), 255, np.uint8))
+    assert run(grey, image, "--masks", tmp_path / "masks", "--out", tmp_path / "out") == 2
+    assert "no pixel counts" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 def test_scores_that_are_there_are_not_replaced(grey, tmp_path, capsys):

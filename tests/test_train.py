@@ -68,11 +68,21 @@ def test_tiles_that_communicate_learn_the_line_and_tiles_that_do_not_can_only_gu
 # Bad input
 
 @pytest.mark.parametrize("arguments, message", [
-    ("--gpus 0", "--gpus: '0' is not a number of 1 or more"),
+    ("--gpus 0", "--gpus: '0' is not a number of 1 to 1048576"),
     ("--gpus many", "--gpus: 'many'"),
     ("--gpus 5 --grid 2x2", "--gpus 5, but --grid 2x2 has only 4 tiles"),
-    ("--grid 0x2", "--grid: '0x2' is not two numbers of 1 or more, as in 2x3"),
+    ("--grid 0x2", "--grid: '0x2' is not two numbers of 1 to 1048576, as in 2x3"),
     ("--grid 2", "--grid: '2'"),
+    ("--grid 100000x100000", "take at most 1048576 tiles"),
+    ("--image-size 99999999", "'99999999x99999999' is not two numbers of 1 to 1048576"),
+    ("--batch-size 10000000000000000000000", "is not a number of 1 to 1048576"),
+    ("--train-images 99999999999999999999", "is not a number of 1 to 2147483648"),
+    ("--data here", "--data here: say also what is in it"),
+    ("--dataset folder", "say also where it is, --data DIR"),
+    ("--dataset folder --data . --out ./test", "is inside --data"),
+    ("--resume nowhere", "--resume nowhere: holds no last.pt"),
+    (f"--resume {300 * 'x'}", "File name too long"),
+    ("--out README.md/run", "is a file or closed to you"),
     ("--grid 2x2x2", "--grid: '2x2x2'"),
     ("--grid 9x1", "9 rows of tiles: an image of 64x64 pixels in cells of 8x8 can have 1 to 8"),
     ("--comm-channels 65", "--comm-channels 65, but the coarse map of --width 8 and --depth 3 has only 64 channels"),
