@@ -31,7 +31,8 @@ def build_datasets(config: dict) -> dict[str, Dataset]:
 
 
 def describe(config: dict, progress: Callable) -> dict:
-    """What the data add to the configuration: channels, dtype (None: any), classes, colors, mean, std and image_size. DataError."""
+    """What the data add to the configuration: channels, dtype (None: any), classes, colors, mean, std and image_size.
+    DataError."""
     try:
         datasets = build_datasets(config)
     except DataError:
@@ -90,20 +91,21 @@ def survey(folders: dict[str, ImageFolder], names: list[str] | None,
 
     for split, folder in folders.items():
         if not occurring[folder]:
-            raise DataError(f"{folder.pairs[0][1].parent}: no pixel of the masks for {split} counts, all are {IGNORE}; add a mask "
-                            "with a class")
+            raise DataError(f"{folder.pairs[0][1].parent}: no pixel of the masks for {split} counts, all are {IGNORE}; add "
+                            "a mask with a class")
     found = set.union(*occurring.values())
     if found == {0}:
         raise DataError(f"{mask_path.parent}: the masks know a single class, 0; save the others as 1, 2, ... (a pixel of "
                         f"{IGNORE} does not count: if it shall be a class, save it as 1)")
     if names is None and len(found) <= max(found):
-        raise DataError(f"{mask_path.parent}: the masks hold {', '.join(map(str, sorted(found)[:5]))}{', ...' * (len(found) > 5)}; number "
-                        "the classes 0, 1, 2, ... without a gap, or name all of them in DIR/classes.txt")
+        gap = min(set(range(IGNORE)) - found)
+        raise DataError(f"{mask_path.parent}: the masks go up to {max(found)}, but {gap} does not occur; number the classes "
+                        "0, 1, 2, ... without a gap, or name all of them in DIR/classes.txt")
     names = names or [f"class {i}" for i in sorted(found)]
     mean = sums / pixels
     std = (squares / pixels - mean.square()).clamp(min=0).sqrt()
-    return {"channels": image.shape[2], "dtype": str(image.dtype), "classes": names, "colors": class_colors(names), "mean": mean.tolist(),
-            "std": std.where(std > 0, 1).tolist()}, sizes
+    return {"channels": image.shape[2], "dtype": str(image.dtype), "classes": names, "colors": class_colors(names),
+            "mean": mean.tolist(), "std": std.where(std > 0, 1).tolist()}, sizes
 
 
 def blocks(array: np.ndarray) -> Iterator[np.ndarray]:

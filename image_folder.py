@@ -88,8 +88,8 @@ def read_mask(path: Path) -> np.ndarray:
             raise DataError(f"{path}: a {picture.format} changes the values of a mask; save masks as PNG or .npy")
         if picture.mode not in ("1", "L", "P") and not picture.mode.startswith("I"):
             raise DataError(f"{path}: a mask in colour or with transparency ({picture.mode}) where class indices were "
-                            "expected; for DeepGlobe take --dataset deepglobe, else save a PNG with one grey value per class: "
-                            "0, 1, 2, ...")
+                            "expected; for DeepGlobe take --dataset deepglobe, else save a PNG with one grey value per "
+                            "class: 0, 1, 2, ...")
         mask = np.array(picture)
     if mask.dtype.kind == "f":
         raise DataError(f"{path}: a mask of {mask.dtype} where whole numbers were expected; save mask.astype('uint8')")
@@ -114,8 +114,8 @@ def read_deepglobe_mask(path: Path) -> np.ndarray:
             index[4 * red + 2 * green + blue] = i
     picture = open_picture(path)
     if picture.mode not in ("RGB", "RGBA", "P"):
-        raise DataError(f"{path}: a grey mask ({picture.mode}) where DeepGlobe's colours were expected; for class indices take "
-                        "--dataset folder")
+        raise DataError(f"{path}: a grey mask ({picture.mode}) where DeepGlobe's colours were expected; for class indices "
+                        "take --dataset folder")
     red, green, blue = np.moveaxis(np.array(picture.convert("RGB")) >> 7, 2, 0)
     return index[4 * red + 2 * green + blue]
 
@@ -128,8 +128,8 @@ say = functools.cache(print)  # each thing once, however often a folder is opene
 def files(folder: Path, ending: str = "") -> dict[str, Path]:
     """The images of a folder by name, without `ending`."""
     if not folder.is_dir():
-        raise DataError(f"{folder}: no such folder; images belong in DIR/train/images and masks in DIR/train/masks, and the "
-                        "same in DIR/val and DIR/test if these are there")
+        raise DataError(f"{folder}: no such folder; images belong in DIR/train/images and masks in DIR/train/masks, and "
+                        "the same in DIR/val and DIR/test if these are there")
     found = {}
     for path in sorted(folder.iterdir()):
         hidden = path.name.startswith(".")

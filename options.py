@@ -91,8 +91,8 @@ def make_parser(description: str) -> Parser:
            "each convolution of the communication network; together they see 2 * sum * 2^depth pixels to every side")
     option("--dropout", type=number(0, float), default=0.0, help="probability of a channel to be left out")
     option("--image-size", type=size, default=unset, metavar="N|HxW", help="pixels of the synthetic images (default: 64)")
-    option("--train-images", type=number(1, largest=2**31), default=unset, metavar="N", help="synthetic images to learn from; "
-           "validation and test have an eighth each (default: 2400)")
+    option("--train-images", type=number(1, largest=2**31), default=unset, metavar="N", help="synthetic images to learn "
+           "from; validation and test have an eighth each (default: 2400)")
     option("--epochs", type=number(0), default=4, help="passes over the training images; 0: only evaluate")
     option("--batch-size", type=number(1, largest=LARGE), default=16, help="images per step")
     option("--lr", type=number(0, float), default=0.015, help="peak of the one-cycle learning rate")
@@ -173,8 +173,8 @@ def check_sizes(config: dict, sizes: dict[tuple[int, int], str], images: int) ->
     smallest = min(max(number // processes.count(), 1) for number in (min(images, batch), last_batch))
     if smallest == 1 and any((1, 1) == (bottom - top, right - left)
                                for tiling in tilings for top, bottom, left, right in tiling.coarse.halos):
-        raise DataError("a tile is a single cell, and a process has a batch of a single image: batch norm needs at least two "
-                        "numbers; take another --batch-size, a coarser --grid or a smaller --depth")
+        raise DataError("a tile is a single cell, and a process has a batch of a single image: batch norm needs at least "
+                        "two numbers; take another --batch-size, a coarser --grid or a smaller --depth")
     return size
 
 
@@ -198,7 +198,8 @@ def build_tiling(config: dict, size: tuple[int, int], grid: tuple[int, int] | No
 
 def explain(error: OSError, path: Path) -> str:
     """One line for a file or folder that cannot be used; `path`, if the error names none."""
-    return f"{error.filename or path}: {error.strerror or error}; it must be open to you and its disk have space, or name another"
+    return (f"{error.filename or path}: {error.strerror or error}; it must be open to you and its disk have space, or name "
+            "another")
 
 
 def check_folder(path: Path):

@@ -146,9 +146,10 @@ def what_fits(config: dict, devices: list[torch.device]) -> str:
 
     def fits(change):
         try:
-            return any(config[name] != value for name, value in change.items()) and max(predict(config | change)[0].values()) <= memory
+            peak = max(predict(config | change)[0].values())
         except ValueError:
             return False
+        return peak <= memory and any(config[name] != value for name, value in change.items())
 
     found = list(itertools.islice((way for way, change in ways.items() if fits(change)), 2))
     return " or ".join(found) or "none that plan.py knows; take a smaller --crop, --image-size or --width"
@@ -162,7 +163,8 @@ def main(arguments: list[str] | None = None):
     parser.add_argument("--classes", type=number(2, largest=255), default=3, help="of the mask")
     config = parse(arguments, parser, amp=True)  # as all recent GPUs do
     if config["dataset"] != "synthetic" or config["crop"]:
-        parser.error("plan.py looks at no images: give --image-size, --channels and --classes instead of --dataset and --crop")
+        parser.error("plan.py looks at no images: give --image-size, --channels and --classes instead of --dataset and "
+                     "--crop")
     try:
         check_sizes(config, {config["image_size"]: "--image-size"}, config["batch_size"])
     except DataError as error:

@@ -39,11 +39,11 @@ def predict(model: DecomposedUNet, config: dict, image: np.ndarray, path: Path, 
     """Writes the mask and the overlay of the image (H,W,C) of the file `path` to the folder `out`. Returns the mask (H,W)
     and how the image was cut. DataError: it cannot be cut, or understood by this network, or has been done already."""
     if image.dtype != (config["dtype"] or image.dtype):
-        raise DataError(f"{path}: numbers of {image.dtype}, but the network was trained on {config['dtype']}; bring it to the "
-                        "same type and range")
+        raise DataError(f"{path}: numbers of {image.dtype}, but the network was trained on {config['dtype']}; bring it to "
+                        "the same type and range")
     if image.shape[2] != config["channels"]:
-        raise DataError(f"{path}: a {image.shape[2]}-channel image, but the network was trained on {config['channels']}-channel "
-                        "images; convert it")
+        raise DataError(f"{path}: a {image.shape[2]}-channel image, but the network was trained on "
+                        f"{config['channels']}-channel images; convert it")
     for _ in finite_blocks(image, path):
         pass
     try:

@@ -214,8 +214,8 @@ class Run:
         except (KeyError, IndexError, TypeError, ValueError, RuntimeError):
             raise CheckpointError("last.pt: what it holds does not go together; train anew") from None
         if self.schedule.total_steps != total_steps:
-            raise CheckpointError(f"the run had {self.schedule.total_steps} steps to make and would now have {total_steps}, so the "
-                                  "images have changed; put them back, or train anew")
+            raise CheckpointError(f"the run had {self.schedule.total_steps} steps to make and would now have {total_steps}, "
+                                  "so the images have changed; put them back, or train anew")
 
 
 def train(config: dict, devices: list, out: Path, state: dict | None = None) -> dict:

@@ -116,7 +116,8 @@ def draw(rows: list[dict], path: Path):
             fits, full = ([row for row in mine if (row[value] is not None) == known] for known in (True, False))
             style = {"color": f"C{i // 2}", "linestyle": "--" if "bf16" in name else "-"}
             if mine:
-                axes.loglog([row["size"] ** 2 for row in fits], [row[value] for row in fits], marker="o", label=name, **style)
+                axes.loglog([row["size"] ** 2 for row in fits], [row[value] for row in fits], marker="o", label=name,
+                            **style)
             for row in full:
                 axes.plot(row["size"] ** 2, 0.96, "x", color=style["color"], transform=axes.get_xaxis_transform())
         axes.set(xlabel="pixels (x: out of memory)", ylabel=label)
@@ -129,9 +130,10 @@ def draw(rows: list[dict], path: Path):
 def say(row: dict) -> str:
     if row["seconds"] is None:
         return f"{row['size']}x{row['size']}  {row['model']:22} out of memory"
-    ratios = [f" ({row[name]:.{digits}f}x)" if row[name] is not None else "" for name, digits in (("time_ratio", 2), ("memory_ratio", 3))]
-    return (f"{row['size']}x{row['size']}  {row['model']:22} {row['seconds']:8.3f} s{ratios[0]}  "
-            f"{row['peak_mib']:8.1f} MiB{ratios[1]}")
+    slower, larger = (f" ({row[name]:.{digits}f}x)" if row[name] is not None else ""
+                      for name, digits in (("time_ratio", 2), ("memory_ratio", 3)))
+    return (f"{row['size']}x{row['size']}  {row['model']:22} {row['seconds']:8.3f} s{slower}  "
+            f"{row['peak_mib']:8.1f} MiB{larger}")
 
 
 def main(arguments: list[str] | None = None):

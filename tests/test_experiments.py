@@ -27,7 +27,7 @@ def test_the_benchmark_ends_with_a_line_of_json(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     benchmark.main(["--quick"])
     rows = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
-    assert {row["model"] for row in rows} == set(benchmark.CONTESTANTS) 
+    assert {row["model"] for row in rows} == set(benchmark.CONTESTANTS)
     peak = {row["model"]: row["peak_mib"] for row in rows if row["size"] == 64}
     assert peak["recompute"] < peak["decomposed"] == pytest.approx(peak["plain U-Net"], rel=0.2)
     assert (tmp_path / "runs/benchmark-quick/benchmark.png").exists()
@@ -40,6 +40,14 @@ def test_a_contestant_that_does_not_fit_is_out_of_memory(tmp_path, monkeypatch, 
     said = capsys.readouterr().out.splitlines()
     assert [line.endswith("out of memory") for line in said[:-1]] == ["recompute" not in line for line in said[:-1]]
     assert json.loads(said[-1])["rows"][0]["seconds"] is None and json.loads(said[-1])["rows"][-1]["time_ratio"] is None
+
+
+def test_processes_exchange_their_gradients_once_and_the_sums_of_the_loss(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    benchmark.main(["--distributed", "--quick"])
+    rows = read(tmp_path / "runs/distributed-quick/distributed.csv")
+    assert [row["processes"] for row in rows] == [1, 2]
+    assert all(row["bytes_sent"] == row["bytes_of_weights"] + 32 for row in rows)
 
 
 def test_a_size_that_cannot_be_cut_is_named(capsys):

@@ -229,7 +229,7 @@ FAULTS = [  # what is done to an image, its mask or their folder, and what must 
      "know a single class"),
     (every("masks", lambda i, path: save(path, np.full((16, 24), 255, np.uint8))), "no pixel of the masks for train counts"),
     (every("masks", lambda i, path: save(path, np.full((16, 24), [0, 100, 200][i % 3], np.uint8))),
-     "the masks hold 0, 100, 200; number the classes 0, 1, 2, ... without a gap"),
+     "the masks go up to 200, but 1 does not occur; number the classes 0, 1, 2, ... without a gap"),
     (names(b"a\na\nb\n"), "classes.txt: holds 3 names, 2 of them different"),
     (names(b"\xff\xfe\xfa"), "classes.txt: cannot be read")]
 
