@@ -8,8 +8,7 @@
     torchrun --nproc-per-node 2 train.py --gpus 2         # in two processes, each with half of every batch
 
 Every run leaves a folder: metrics.json, log.csv, best.pt, last.pt, curves.png, predictions.png.
-Read from top to bottom: what is built, how it is trained, the command. What can be asked for stands in options.py.
-Letters (B, C, H, W, K, D, L, ...) as in decompose.py.
+Read from top to bottom: what is built, how it is trained, the command (with options.py). Letters as in decompose.py.
 """
 
 import collections
@@ -39,6 +38,7 @@ from metrics import IGNORE, confusion, dice_cross_entropy, loss_sums, near_seam,
 from options import build_tiling, check_folder, explain, make_parser, parse, show_progress
 from unet import Decoder, Encoder
 
+
 class Diverged(ArithmeticError):
     """The loss is no number any more."""
 
@@ -66,6 +66,9 @@ def build_model(config: dict) -> DecomposedUNet:
     encoder.register_forward_pre_hook(Normalise(config["mean"], config["std"]))
     model = DecomposedUNet(encoder, Decoder(len(config["classes"]), width, depth, dropout),
                            CommNet(k, dropout, config["dilations"]) if k else None, k, config["recompute"])
+    for weight in model.parameters():
+        if weight.ndim == 4:  # convolutions are faster in this order
+            weight.data = weight.data.contiguous(memory_format=torch.channels_last)
     model.amp = config["amp"]
     return model
 
@@ -76,8 +79,7 @@ def load_model(path: Path) -> tuple[DecomposedUNet, dict]:
     try:
         model = build_model(state["config"])
         model.load_state_dict(state["model"])
-        for name in ("dataset", "dtype", "colors", "grid", "image_size", "overlap", "seed"):  # what the others ask for
-            state["config"][name]
+        [state["config"][name] for name in ("dataset", "dtype", "colors", "grid", "image_size", "overlap")]  # KeyError
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError):
         raise CheckpointError(f"{path}: its weights do not fit its configuration, or it comes from another "
                                           "version of train.py; name another checkpoint") from None
@@ -264,11 +266,10 @@ def train(config: dict, devices: list, out: Path, state: dict | None = None) -> 
     if not config["epochs"]:  # the network as it was drawn
         run.best = evaluate(run.model, loaders["val"], config, devices)
         save(out / "best.pt", {"config": config, "model": run.model.state_dict()})
-    model = run.model
-    model.load_state_dict(processes.from_first(lambda: checkpoints.load(out / "best.pt")["model"]))
-    metrics = {"config": config, "parameters": sum(weight.numel() for weight in model.parameters()),
+    run.model.load_state_dict(processes.from_first(lambda: checkpoints.load(out / "best.pt")["model"]))
+    metrics = {"config": config, "parameters": sum(weight.numel() for weight in run.model.parameters()),
                "seconds_per_step": statistics.median([row["train_seconds"] for row in run.rows] or [math.nan]) / run.steps,
-               "val": run.best, "test": evaluate(model, loaders["test"], config, devices)}
+               "val": run.best, "test": evaluate(run.model, loaders["test"], config, devices)}
     if not first:
         return metrics
     if run.rows:
@@ -276,7 +277,7 @@ def train(config: dict, devices: list, out: Path, state: dict | None = None) -> 
         with checkpoints.whole_file(out / "curves.png") as unfinished:
             plots.draw_curves(unfinished, run.rows, config["classes"], config["colors"])
     with checkpoints.whole_file(out / "predictions.png") as unfinished:
-        some = predict_some(model, datasets["test"], config, devices)
+        some = predict_some(run.model, datasets["test"], config, devices)
         tilings = [build_tiling(config, mask.shape) for mask in some["true mask"]]
         plots.draw_predictions(unfinished, some, [tiling.boxes for tiling in tilings], config["classes"], config["colors"])
     metrics |= {"seconds": time.perf_counter() - started, "peak_mib": processes.peak_mib(devices)}
@@ -318,8 +319,7 @@ def main(arguments: list[str] | None = None):
     out = Path()
     try:
         config, out, state = processes.from_first(lambda: prepare(arguments, parser))
-        rows, columns = config["grid"]
-        devices = processes.find_devices(config["gpus"], f"{rows}x{columns} tiles")
+        devices = processes.find_devices(config["gpus"], "{}x{} tiles".format(*config["grid"]))
         if processes.rank():
             sys.stdout = open(os.devnull, "w")  # the first process speaks for all
         metrics = train(config, devices, out, state)
