@@ -1,11 +1,13 @@
 """Several processes, as torchrun starts them, against one that does the same by hand."""
 
+import contextlib
 import copy
 import os
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -103,8 +105,11 @@ def kill_one(run: subprocess.Popen, out):
     """Kills one of the two processes after the first epoch."""
     while run.poll() is None and not (out / "log.csv").exists():
         time.sleep(0.01)
-    children = subprocess.run(["pgrep", "-P", str(run.pid), "-f", "train.py"], capture_output=True, text=True).stdout
-    os.kill(int(children.split()[-1]), signal.SIGKILL)
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # one that has just ended
+            parent = (folder / "stat").read_text().rpartition(")")[2].split()[1]
+            if parent == str(run.pid) and b"train.py" in (folder / "cmdline").read_bytes():
+                return os.kill(int(folder.name), signal.SIGKILL)
 
 
 def epochs(out) -> list[int]:
