@@ -21,6 +21,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import torch
+from matplotlib.ticker import NullLocator
 from torch.utils._pytree import tree_leaves
 
 import checkpoints
@@ -120,7 +121,10 @@ def draw(rows: list[dict], path: Path):
                             **style)
             for row in full:
                 axes.plot(row["size"] ** 2, 0.96, "x", color=style["color"], transform=axes.get_xaxis_transform())
-        axes.set(xlabel="pixels (x: out of memory)", ylabel=label)
+        sizes = sorted({row["size"] for row in rows})
+        axes.set_xticks([size**2 for size in sizes], [f"{size}x{size}" for size in sizes])
+        axes.set(xlabel="image (x: out of memory)", ylabel=label)
+        axes.xaxis.set_minor_locator(NullLocator())
         axes.grid(alpha=0.3)
     if rows:
         panels[0].legend()
