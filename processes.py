@@ -107,6 +107,7 @@ def spread(model: nn.Module) -> nn.Module:
     with warnings.catch_warnings():  # PyTorch 2.13 has another name for broadcast_buffers, which 2.11 does not know
         warnings.simplefilter("ignore", FutureWarning)
         parallel = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+    warnings.filterwarnings("ignore", "Grad strides do not match")  # of a 1x1 convolution, where all orders are one
     parallel.amp = model.amp
     return parallel
 

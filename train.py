@@ -67,7 +67,7 @@ def build_model(config: dict) -> DecomposedUNet:
     model = DecomposedUNet(encoder, Decoder(len(config["classes"]), width, depth, dropout),
                            CommNet(k, dropout, config["dilations"]) if k else None, k, config["recompute"])
     for weight in model.parameters():
-        if weight.ndim == 4 and weight.shape[-1] > 1:  # convolutions are faster in this order
+        if weight.ndim == 4:  # convolutions are faster in this order
             weight.data = weight.data.contiguous(memory_format=torch.channels_last)
     model.amp = config["amp"]
     return model
