@@ -116,23 +116,27 @@ class PerTile:
         self.module, self.devices = module, devices
         self.weights = {device: {name: weight.to(device) for name, weight in module.named_parameters()}
                         for device in dict.fromkeys(devices)}
-        self.old_buffers = dict(module.named_buffers())
-        self.new_buffers = [self.old_buffers for _ in devices]
+        self.buffers = dict(module.named_buffers())
+        self.sums, self.counted = {}, set()  # of the tiles' new buffers on each device, and the tiles in them
 
     def __call__(self, i: int, *inputs):
         """The module on tile i, whose inputs are on devices[i]."""
-        device, copy = self.devices[i], self.module.training  # training changes the buffers in place
-        self.new_buffers[i] = {name: old.to(device, copy=copy) for name, old in self.old_buffers.items()}
-        return functional_call(self.module, (self.weights[device], self.new_buffers[i]), inputs)
+        device, training = self.devices[i], self.module.training  # training changes the buffers in place
+        buffers = {name: old.to(device, copy=training) for name, old in self.buffers.items()}
+        outputs = functional_call(self.module, (self.weights[device], buffers), inputs)
+        if training and i not in self.counted:  # whoever recomputes runs a tile more than once
+            self.counted.add(i)
+            sums = self.sums.setdefault(device, dict.fromkeys(buffers, 0))
+            for name, new in buffers.items():
+                sums[name] += new
+        return outputs
 
     @torch.no_grad()
     def update_buffers(self):
         """After training: running statistics = (1 - momentum) * old + momentum * mean over tiles."""
-        if not self.module.training:
-            return
-        for name, old in self.old_buffers.items():
-            new = torch.stack([buffers[name].to(old.device) for buffers in self.new_buffers])
-            old.copy_(new.mean(dim=0) if new.is_floating_point() else new[0])  # every tile counted the same step
+        for name, old in self.buffers.items() if self.sums else ():
+            total, tiles = sum(sums[name].to(old.device) for sums in self.sums.values()), len(self.devices)
+            old.copy_(total / tiles if total.is_floating_point() else total // tiles)  # a count is the same for all
 
 
 class DecomposedUNet(nn.Module):
@@ -180,7 +184,7 @@ class DecomposedUNet(nn.Module):
 
         def send(i):
             _, coarse = encode(i)
-            return tiling.coarse.crop(i, coarse[:, -k:]).to(home)
+            return tiling.coarse.crop(i, coarse[:, -k:]).to(home, copy=True)  # a view would keep all channels alive
 
         def decode(i):
             skips, coarse = encode(i)

@@ -74,13 +74,14 @@ def test_with_many_small_tiles_too_where_the_weights_weigh_as_much_as_the_activa
 
 
 def test_with_recompute_the_peak_does_not_grow_with_the_number_of_tiles():
-    few, many = (plan.fake_step(configuration("--recompute") | {"image_size": (64, 64 * n), "grid": (1, n), "gpus": 1})
-                 .peak["cpu:1"] for n in (2, 6))
+    def peak(options, tiles):
+        row = {"image_size": (64, 64 * tiles), "grid": (1, tiles), "gpus": 1}
+        return plan.fake_step(configuration(options) | row).peak["cpu:1"]
+
+    assert peak("--recompute --comm-channels 0", 6) == peak("--recompute --comm-channels 0", 2)
     coarse_map = 4 * 4 * 16 * 16 * 4  # bytes of K = 4 channels of 16x16 cells of 4 more tiles
-    assert many - few < 12 * coarse_map  # those of every layer of the communication network, and no more
-    few, many = (plan.fake_step(configuration("") | {"image_size": (64, 64 * n), "grid": (1, n), "gpus": 1})
-                 .peak["cpu:1"] for n in (2, 6))
-    assert many > 2 * few
+    assert peak("--recompute", 6) - peak("--recompute", 2) < 12 * coarse_map  # those of every layer of the network
+    assert peak("", 6) > 2 * peak("", 2)
 
 
 def test_what_two_gpus_exchange_is_weights_statistics_coarse_maps_and_sums():

@@ -58,6 +58,13 @@ def test_dropout_leaves_out_the_same_channels_whenever_a_tile_is_encoded():
     assert not torch.equal(to_send[0] == 0, to_send[1] == 0)  # each tile leaves out channels of its own
 
 
+def test_a_tile_keeps_what_it_sends_and_not_all_channels_of_its_coarse_map(monkeypatch):
+    sent, stitch = [], Tiling.stitch
+    monkeypatch.setattr(Tiling, "stitch", lambda tiling, tiles: sent.extend(tiles) or stitch(tiling, tiles))
+    one_step((32, 32), Tiling((32, 32), (2, 2), 4), recompute=True)
+    assert len(sent) == 4 and all(tile.untyped_storage().nbytes() == tile.nbytes for tile in sent)
+
+
 def test_evaluation_is_the_same():
     tiling, images = Tiling((32, 32), (2, 2), 4), torch.randn(2, 1, 32, 32)
     logits = []
