@@ -28,6 +28,7 @@ import checkpoints
 import options
 import plan
 import plots
+import processes
 import train
 from experiments import distributed
 
@@ -180,7 +181,7 @@ def main(arguments: list[str] | None = None):
         checkpoints.write_log(folder / "benchmark.csv", rows)
         draw(rows, folder / "benchmark.png")
     print(json.dumps({"device": str(device), "threads": torch.get_num_threads(), "torch": torch.__version__,
-                      "rows": rows}))
+                      "peak_mib_of_the_process": processes.peak_mib([device]), "rows": rows}))
 
 
 if __name__ == "__main__":

@@ -64,7 +64,6 @@ MODELS = {  # tiles of the image: name: (options of train.py, communication netw
         "3 convolutions, K 32 (the paper's)": ([], CommNet),
         "dilations 1 2 4, K 32": (dilated(32, 1, 2, 4), CommNet),
         "plain U-Net": (plain(8, 3), CommNet),
-        "plain U-Net, depth 4": (plain(8, 4), CommNet),
         "plain U-Net, depth 5": (plain(8, 5), CommNet),
     },
 }

@@ -11,6 +11,8 @@ from comm_net import CommNet
 from experiments import benchmark, comm_channels, control, deepglobe, generalise, idea, memory, qualitative, reach
 from experiments.common import read
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
+
 
 def test_three_models_side_by_side_and_the_idea_in_one_picture(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)

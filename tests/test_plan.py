@@ -58,19 +58,19 @@ def test_the_prediction_is_a_real_step_within_two_percent(options):
 
 
 def test_with_many_tiles_memory_goes_up_in_a_straight_line():
-    for options in ("--grid 1x5", "--grid 1x5 --recompute"):
-        config = configuration(options) | {"image_size": (64, 320), "gpus": 1}
+    for options, gpus in (("--grid 2x5", 2), ("--grid 1x5 --recompute", 1)):
+        config = configuration(options) | {"image_size": (64, 320), "gpus": gpus}
         (peak, moved), whole = plan.predict(config), plan.fake_step(config)
-        assert peak["cpu:1"] == pytest.approx(whole.peak["cpu:1"], rel=0.02)
+        for gpu in range(gpus):
+            assert peak[f"cpu:{gpu + 1}"] == pytest.approx(whole.peak[f"cpu:{gpu + 1}"], rel=0.02)
         assert moved["cpu", "cpu:1"] == whole.moved["cpu", "cpu:1"]
 
 
 @pytest.mark.parametrize("options", ["", "--comm-channels 0", "--recompute"])
 def test_with_many_small_tiles_too_where_the_weights_weigh_as_much_as_the_activations(options):
-    config = configuration(f"--grid 2x6 --width 16 --depth 3 {options}") | {"image_size": (64, 192), "gpus": 2}
+    config = configuration(f"--grid 1x6 --width 16 --depth 3 {options}") | {"image_size": (32, 192), "gpus": 1}
     peak, whole = plan.predict(config)[0], plan.fake_step(config).peak
-    for gpu in ("cpu:1", "cpu:2"):
-        assert peak[gpu] == pytest.approx(whole[gpu], rel=0.03)
+    assert peak["cpu:1"] == pytest.approx(whole["cpu:1"], rel=0.03)
 
 
 def test_with_recompute_the_peak_does_not_grow_with_the_number_of_tiles():

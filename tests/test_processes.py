@@ -28,6 +28,8 @@ CONFIG = {"channels": 1, "classes": LinesAndCircles.classes, "width": 2, "depth"
           "dilations": [1, 2], "recompute": False, "mean": [0.5], "std": [2.0], "amp": False, "seed": 0, "lr": 0.01,
           "epochs": 1, "batch_size": BATCH, "image_size": (32, 64), "grid": (2, 2), "overlap": 0}
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
+
 
 def start(config: dict):
     """The images, the same batches every time, and a run before its first step; all in float64."""

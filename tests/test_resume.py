@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from multiprocessing.pool import ThreadPool
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from conftest import ROOT
 import checkpoints
 import train
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
 OPTIONS = "--width 2 --depth 2 --comm-channels 4 --dropout 0.2 --train-images 32 --epochs 6 --batch-size 4 --seed 3".split()
 
 
@@ -44,9 +46,10 @@ def epochs_logged(run) -> int:
 
 def test_a_run_killed_at_any_instant_and_resumed_is_the_run_never_interrupted(tmp_path, uninterrupted):
     (tensors, rows, steps), seconds = uninterrupted
-    chance, unfinished = random.Random(0), 0
-    for kill in range(int(os.environ.get("KILLS", 3))):
-        out = tmp_path / str(kill)
+    unfinished = 0
+
+    def run_and_kill(kill):
+        out, chance = tmp_path / str(kill), random.Random(kill)
         run = subprocess.Popen([sys.executable, ROOT / "train.py", *OPTIONS, "--out", out], stdout=subprocess.DEVNULL)
         epoch = kill % 5 + 1 if kill < 5 else chance.randrange(6)  # then at any instant of it
         while run.poll() is None and (epochs_logged(out) < epoch or not (out / "last.pt").exists()):
@@ -54,6 +57,9 @@ def test_a_run_killed_at_any_instant_and_resumed_is_the_run_never_interrupted(tm
         time.sleep(chance.uniform(0, seconds / 20))
         run.send_signal(signal.SIGKILL)
         run.wait()
+        return out
+
+    for kill, out in enumerate(ThreadPool(2).imap(run_and_kill, range(int(os.environ.get("KILLS", 3))))):
         done = len(checkpoints.load(out / "last.pt")["rows"])
         unfinished += done < 6
         train.main(["--resume", str(out)])
@@ -69,11 +75,11 @@ def test_ctrl_c_says_how_to_go_on(tmp_path, monkeypatch, capsys):
         raise KeyboardInterrupt
     monkeypatch.setattr(train, "evaluate", interrupted)
     with pytest.raises(SystemExit) as stopped:
-        train.main([*OPTIONS, "--out", str(tmp_path / "run")])
+        train.main([*OPTIONS, "--epochs", "1", "--out", str(tmp_path / "run")])
     assert stopped.value.code == 130 and f"python train.py --resume {tmp_path / 'run'}" in capsys.readouterr().err
     monkeypatch.undo()
     train.main(["--resume", str(tmp_path / "run")])
-    assert "0 of 6 epochs are done" in capsys.readouterr().out and (tmp_path / "run/metrics.json").exists()
+    assert "0 of 1 epochs are done" in capsys.readouterr().out and (tmp_path / "run/metrics.json").exists()
 
 
 def fails(arguments, capsys) -> str:
@@ -106,7 +112,7 @@ def test_a_disk_that_fills_up_leaves_the_previous_checkpoint(tmp_path, capfd):
             "    saved.append(path)\n"
             "    if len(saved) == 4: resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))\n"
             "    true(path, state)\n"
-            f"train.checkpoints.save = save; train.main({[*OPTIONS, '--out', str(out)]!r})")
+            f"train.checkpoints.save = save; train.main({[*OPTIONS, '--epochs', '2', '--out', str(out)]!r})")
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 2 and result.stderr.count("\n") == 1 and "File too large" in result.stderr, result.stderr
     assert len(checkpoints.load(out / "last.pt")["rows"]) == 1 and not list(out.glob("*.unfinished*"))

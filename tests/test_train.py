@@ -60,7 +60,7 @@ def line_iou(out, *options) -> float:
     return json.loads((out / "metrics.json").read_text())["test"]["iou"]["line"]
 
 
-def test_tiles_that_communicate_learn_the_line_and_tiles_that_do_not_can_only_guess(tmp_path):
+def test_tiles_that_communicate_learn_the_line_and_tiles_that_do_not_can_only_guess(tmp_path, no_pictures):
     assert line_iou(tmp_path / "with") > 0.4
     assert line_iou(tmp_path / "without", "--comm-channels", "0") < 0.2
 
