@@ -9,6 +9,8 @@ from pathlib import Path
 
 import torch
 
+UNFINISHED = ".unfinished-"  # a file that does not count
+
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be used: one line that names the file and the fix."""
@@ -17,13 +19,18 @@ class CheckpointError(ValueError):
 @contextmanager
 def whole_file(path: Path):
     """A path to write to. Only when the block ends well does it take the place of what stood at `path`."""
-    unfinished = path.with_name(f".unfinished-{path.name}")
+    unfinished = path.with_name(UNFINISHED + path.name)
     try:
         yield unfinished
         os.replace(unfinished, path)
     except BaseException:
         unfinished.unlink(missing_ok=True)
         raise
+
+
+def is_unfinished(path: Path) -> bool:
+    """Whether a power cut left it."""
+    return path.name.startswith(UNFINISHED)
 
 
 def save(path: Path, state: dict):

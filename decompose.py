@@ -117,7 +117,7 @@ class PerTile:
         self.weights = {device: {name: weight.to(device) for name, weight in module.named_parameters()}
                         for device in dict.fromkeys(devices)}
         self.buffers = dict(module.named_buffers())
-        self.sums, self.counted = {}, set()  # of the tiles' new buffers on each device, and the tiles in them
+        self.sums, self.counted = {}, set()  # on each device, of its tiles' new buffers; and the tiles in them
 
     def __call__(self, i: int, *inputs):
         """The module on tile i, whose inputs are on devices[i]."""
@@ -134,7 +134,9 @@ class PerTile:
     @torch.no_grad()
     def update_buffers(self):
         """After training: running statistics = (1 - momentum) * old + momentum * mean over tiles."""
-        for name, old in self.buffers.items() if self.sums else ():
+        if not self.module.training:
+            return
+        for name, old in self.buffers.items():
             total, tiles = sum(sums[name].to(old.device) for sums in self.sums.values()), len(self.devices)
             old.copy_(total / tiles if total.is_floating_point() else total // tiles)  # a count is the same for all
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+import checkpoints
 import processes
 from decompose import Tiling
 from image_folder import DataError
@@ -111,7 +112,7 @@ def parse(arguments: list[str] | None, parser: Parser, **defaults) -> dict:
     if config.get("resume"):
         if any(word.startswith("-") and not word.startswith("--resume") for word in arguments or sys.argv[1:]):
             parser.error("--resume goes on with the options of the run; give it alone")
-        return config
+        return {"resume": config["resume"]}
 
     rows, columns = config.setdefault("grid", default_grid(config.get("gpus", processes.gpus_each())))
     gpus = config.setdefault("gpus", min(processes.gpus_each(), rows * columns))
@@ -141,13 +142,16 @@ def parse(arguments: list[str] | None, parser: Parser, **defaults) -> dict:
             parser.error(f"--out {config['out']}: is inside --data, where it would be taken for images; name another --out")
     if config["crop"] and config["dataset"] == "synthetic":
         parser.error("--crop is for --dataset folder or deepglobe; for synthetic take --image-size")
+    if processes.CAN_RESTART and processes.REMEMBERS:
+        parser.error("torchrun --max-restarts: set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in front of it, or a restart may "
+                     "meet addresses of before (PyTorch issue 135712)")
     if "out" not in config:
         if processes.CAN_RESTART:
             parser.error("torchrun --max-restarts: a run that is restarted needs to know its folder; give --out")
         config["out"] = new_folder(f"runs/{config['dataset']}-{rows}x{columns}-k{k}-seed{config['seed']}")
     elif processes.CAN_RESTART and (config["out"] / "last.pt").exists():
-        return {"resume": config["out"]}
-    elif config["out"].is_dir() and any(config["out"].iterdir()):
+        config["resume"] = config["out"]
+    elif config["out"].is_dir() and not all(map(checkpoints.is_unfinished, config["out"].iterdir())):
         parser.error(f"--out {config['out']}: this folder is not empty; name a new one, or go on with the run in it: "
                      f"--resume {config['out']}")
     return {name: str(value) if isinstance(value, Path) else value for name, value in config.items()}

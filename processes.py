@@ -10,6 +10,7 @@ Without torchrun there is one process, and everything here leaves things as they
 
 import os
 import resource
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import BatchSampler, Sampler
 
 CAN_RESTART = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"  # torchrun --max-restarts
+REMEMBERS = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # after a restart, the addresses of before
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))  # which process of this machine
 
 
@@ -29,11 +31,12 @@ LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))  # which process of this machi
 def together():
     """Inside, the processes that torchrun started know each other."""
     if dist.is_torchelastic_launched():
-        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(hours=12))  # the first may have many images to look at
-    yield
-    if dist.is_initialized():
-        dist.destroy_process_group()
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    try:
+        yield
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def rank() -> int:
@@ -51,12 +54,15 @@ def gpus_each() -> int:
 
 
 def find_devices(gpus: int, tiles: str) -> list[torch.device]:
-    """The GPUs asked for as far as they exist, else the CPU. Says in one line where the tiles are computed."""
+    """The GPUs asked for as far as they exist, else the CPU. Says in one line where the tiles are computed; from then on
+    the first process speaks for all."""
     found, which = min(gpus, gpus_each()), LOCAL_RANK
     devices = [torch.device("cuda", which * found + i) for i in range(found)] or [torch.device("cpu")]
     short = f" ({gpus} GPUs asked for, {found} found)" if found < gpus else ""
     process = f"process {rank()} of {count()}: " if count() > 1 else ""
     print(f"{process}{tiles} on {', '.join(map(str, devices))}{short}", flush=True)
+    if rank():
+        sys.stdout = open(os.devnull, "w")
     return devices
 
 
@@ -70,19 +76,21 @@ def is_lost(error: Exception) -> bool:
 
 
 def from_first(make: Callable):
-    """What `make` returns or raises in the first process, in every process. Only the first one calls it."""
-    if rank() == 0:
-        try:
-            box = [make()]
-        except (Exception, SystemExit) as error:
-            box = [error]
-    else:
-        box = [None]
-    if dist.is_initialized():
-        dist.broadcast_object_list(box)
-    if isinstance(box[0], (Exception, SystemExit)):
-        raise box[0]
-    return box[0]
+    """What `make` returns in the first process, in every process. Only the first one calls it; if it fails there, it says
+    why, and the others end."""
+    if not dist.is_initialized():
+        return make()
+    patient = dist.new_group(backend="gloo", timeout=timedelta(hours=12))  # the first may have many images to look at
+    box = [None, True]
+    try:
+        if rank() == 0:
+            box = [make(), False]
+    finally:
+        dist.broadcast_object_list(box, group=patient)
+    made, failed = box
+    if failed:
+        sys.exit(2)
+    return made
 
 
 class Shares(Sampler):

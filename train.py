@@ -14,7 +14,6 @@ Read from top to bottom: what is built, how it is trained, the command (with opt
 import collections
 import functools
 import math
-import os
 import shlex
 import statistics
 import sys
@@ -290,25 +289,27 @@ def train(config: dict, devices: list, out: Path, state: dict | None = None) -> 
 def prepare(arguments: list[str] | None, parser) -> tuple[dict, Path, dict | None]:
     """Looks at all that is asked for and all images: the configuration, the folder of the run, and what its last.pt holds
     if it goes on. DataError, CheckpointError, and the end of the program: they do not fit together."""
-    config, state = parse(arguments, parser), None
+    asked = config = parse(arguments, parser)
+    out, state = Path(config["resume"] or config["out"]), None
     if config["resume"]:
-        out = config["resume"].parent if config["resume"].is_file() else config["resume"]
+        out = out.parent if out.is_file() else out
         if not (out / "last.pt").is_file():
             raise CheckpointError(f"--resume {out}: holds no last.pt; name the folder of a run, runs/NAME")
         state, (_, config) = checkpoints.load(out / "last.pt", Run.PARTS), load_model(out / "last.pt")
-        if config["dataset"] != "synthetic":
-            found = describe(config, show_progress)
-            if any(config[name] != value for name, value in found.items()):
-                raise DataError(f"{config['data']}: the images are not those of the run; put them back, or train anew")
+    if config["batch_size"] < processes.count():
+        raise DataError(f"--batch-size {config['batch_size']}: {processes.count()} processes need at least {processes.count()}")
+    if state:
+        found = describe(config, show_progress) if config["dataset"] != "synthetic" else {}
+        if any(config[name] != value for name, value in found.items()):
+            raise DataError(f"{config['data']}: the images are not those of the run; put them back, or train anew")
+        other = [name for name in asked if name not in {"resume", "out", *found} and asked[name] != config[name]]
+        if other:  # asked for by torchrun --max-restarts, where every start has all options
+            raise DataError(f"--out {out}: holds a run with another {', another '.join(other)}; name another --out")
         print(f"{out}: {len(state['rows'])} of {config['epochs']} epochs are done")
     else:
-        out = Path(config["out"])
         check_folder(out)  # before the long look at all images; it is made after that
         config |= describe(config, show_progress)
         out.mkdir(parents=True, exist_ok=True)
-    if config["batch_size"] < processes.count():
-        raise DataError(f"--batch-size {config['batch_size']}, but {processes.count()} processes need an image each: take "
-                        "larger batches or fewer processes")
     return config, out, state
 
 
@@ -320,16 +321,15 @@ def main(arguments: list[str] | None = None):
     try:
         config, out, state = processes.from_first(lambda: prepare(arguments, parser))
         devices = processes.find_devices(config["gpus"], "{}x{} tiles".format(*config["grid"]))
-        if processes.rank():
-            sys.stdout = open(os.devnull, "w")  # the first process speaks for all
         metrics = train(config, devices, out, state)
     except KeyboardInterrupt:
         go_on = f"go on with: python train.py --resume {shlex.quote(str(out))}"
-        parser.exit(130, f"\nstopped; {go_on if (out / 'last.pt').exists() else 'nothing is lost'}\n")
+        go_on = go_on if (out / "last.pt").exists() else "nothing is lost"
+        parser.exit(130, None if processes.rank() else f"\nstopped; {go_on}\n")
     except (DataError, CheckpointError, Diverged) as error:
         why = (f": the likely cause is --lr {config['lr']}, take a smaller one; {out} holds what was saved before"
                if isinstance(error, Diverged) else "")
-        parser.error(f"{error}{why}") if processes.rank() == 0 else sys.exit(2)
+        parser.error(f"{error}{why}")
     except OSError as error:
         parser.error(explain(error, out))
     except (RuntimeError, MemoryError) as error:

@@ -48,6 +48,9 @@ def one_of_many(rank: int, count: int, folder: str, config: dict):
     measured = train.evaluate(run.model, DataLoader(Subset(data, range(rank, IMAGES, count))), config, CPU)
     torch.save([loss, measured, [weight.grad for weight in run.model.parameters()], run.model.state_dict()],
                f"{folder}/{rank}")
+    assert processes.from_first(lambda: rank) == 0
+    with pytest.raises(IndexError if rank == 0 else SystemExit):  # the first says why, the others end
+        processes.from_first(lambda: [][0])
     dist.destroy_process_group()
 
 

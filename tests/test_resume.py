@@ -17,6 +17,7 @@ import torch
 from conftest import ROOT
 
 import checkpoints
+import processes
 import train
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
@@ -158,6 +159,20 @@ def test_weights_that_do_not_fit_their_configuration_are_named(tmp_path, capsys)
 
 def test_resume_goes_alone(tmp_path, capsys):
     assert "give it alone" in fails(["--resume", tmp_path, "--epochs", 3], capsys)
+
+
+def test_a_restart_goes_on_with_the_run_it_was_and_with_no_other(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(processes, "CAN_RESTART", True)
+    once = [*OPTIONS, "--epochs", "1", "--out", tmp_path / "run"]
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/.unfinished-last.pt").touch()  # what a power cut left of a first try
+    for said in ("epoch  train loss", "1 of 1 epochs are done"):
+        train.main([str(word) for word in once])
+        assert said in capsys.readouterr().out
+    assert "holds a run with another lr, another seed" in fails([*once, "--seed", 4, "--lr", 0.1], capsys)
+    assert "give --out" in fails(OPTIONS, capsys)
+    monkeypatch.setattr(processes, "REMEMBERS", True)
+    assert "set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in fails(once, capsys)
 
 
 def test_without_epochs_the_network_is_only_evaluated(tmp_path):
