@@ -2,7 +2,7 @@
 
     OMP_NUM_THREADS=1 python -m experiments.reach --grids 1x8           # 100 minutes of one core
     OMP_NUM_THREADS=1 python -m experiments.reach --grids 1x16          # 80 minutes of one core
-    OMP_NUM_THREADS=1 python -m experiments.reach --grids 4x4           # TIME44 minutes of one core
+    OMP_NUM_THREADS=1 python -m experiments.reach --grids 4x4           # 3 hours of one core
     python -m experiments.reach --quick                                 # seconds
 
 The images are a row of 8 or 16 tiles of 32x32 pixels, or a square of 4x4; the discs lie in any two of them. Every model
