@@ -58,12 +58,11 @@ def test_the_prediction_is_a_real_step_within_two_percent(options):
 
 
 def test_with_many_tiles_memory_goes_up_in_a_straight_line():
-    for options, gpus in (("--grid 2x5", 2), ("--grid 1x5 --recompute", 1)):
-        config = configuration(options) | {"image_size": (64, 320), "gpus": gpus}
-        (peak, moved), whole = plan.predict(config), plan.fake_step(config)
-        for gpu in range(gpus):
-            assert peak[f"cpu:{gpu + 1}"] == pytest.approx(whole.peak[f"cpu:{gpu + 1}"], rel=0.02)
-        assert moved["cpu", "cpu:1"] == whole.moved["cpu", "cpu:1"]
+    config = configuration("--grid 2x5") | {"image_size": (64, 320), "gpus": 2}
+    (peak, moved), whole = plan.predict(config), plan.fake_step(config)
+    for gpu in ("cpu:1", "cpu:2"):
+        assert peak[gpu] == pytest.approx(whole.peak[gpu], rel=0.02)
+        assert moved["cpu", gpu] == whole.moved["cpu", gpu]
 
 
 @pytest.mark.parametrize("options", ["", "--comm-channels 0", "--recompute"])

@@ -55,7 +55,7 @@ def test_the_plain_unet_is_a_flag_away(tmp_path):
 
 
 def line_iou(out, *options) -> float:
-    small = "--grid 1x2 --image-size 32x64 --depth 2 --width 8 --comm-channels 16 --train-images 400 --epochs 3 --batch-size 8"
+    small = "--grid 1x2 --image-size 32x64 --depth 2 --width 8 --comm-channels 16 --train-images 320 --epochs 3 --batch-size 8"
     train.main([*small.split(), "--out", str(out), *options])
     return json.loads((out / "metrics.json").read_text())["test"]["iou"]["line"]
 
