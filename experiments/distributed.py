@@ -61,7 +61,8 @@ def work(rank: int, count: int, folder: str, config: dict, steps: int):
     if rank == 0:
         weights, seconds = sum(weight.nbytes for weight in run.model.parameters()), together if count > 1 else apart
         torch.save({"processes": count, "images_per_second": round(config["batch_size"] / seconds, 1),
-                    "exchange_share": round(1 - apart / together, 3), "bytes_sent": sent[0], "bytes_of_weights": weights}, f"{folder}/result")
+                    "exchange_share": round(1 - apart / together, 3), "bytes_sent": sent[0],
+                    "bytes_of_weights": weights}, f"{folder}/result")
     dist.destroy_process_group()
 
 
