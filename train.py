@@ -297,7 +297,7 @@ def prepare(arguments: list[str] | None, parser) -> tuple[dict, Path, dict | Non
             raise CheckpointError(f"--resume {out}: holds no last.pt; name the folder of a run, runs/NAME")
         state, (_, config) = checkpoints.load(out / "last.pt", Run.PARTS), load_model(out / "last.pt")
     if config["batch_size"] < processes.count():
-        raise DataError(f"--batch-size {config['batch_size']}: {processes.count()} processes need at least {processes.count()}")
+        raise DataError(f"--batch-size {config['batch_size']}: {processes.count()} processes need at least as many")
     if state:
         found = describe(config, show_progress) if config["dataset"] != "synthetic" else {}
         if any(config[name] != value for name, value in found.items()):
