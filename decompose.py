@@ -104,6 +104,21 @@ class Tiling:
         return torch.cat(rows, dim=-2)[..., :self.size[0], :self.size[1]]
 
 
+class Rounded(torch.autograd.Function):
+    """A weight for one of many tiles, rounded once for all of them to what autocast computes in, while the gradients of
+    the tiles add up in the weight's own precision. Left to autocast, they would add up in bfloat16, where one more of
+    hundreds is rounded away."""
+
+    @staticmethod
+    def forward(ctx, weight: Tensor, rounded: Tensor) -> Tensor:
+        ctx.precision = weight.dtype
+        return rounded.view_as(rounded)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        return gradient.to(ctx.precision), None
+
+
 class PerTile:
     """A module that is run on many tiles: one copy of its weights per device, one copy of its buffers per tile.
 
@@ -116,6 +131,9 @@ class PerTile:
         self.module, self.devices = module, devices
         self.weights = {device: {name: weight.to(device) for name, weight in module.named_parameters()}
                         for device in dict.fromkeys(devices)}
+        self.rounded = {device: {name: weight.detach().to(torch.get_autocast_dtype(device.type))
+                                 for name, weight in weights.items() if weight.ndim > 1}  # those of norms stay precise
+                        for device, weights in self.weights.items() if torch.is_autocast_enabled(device.type)}
         self.buffers = dict(module.named_buffers())
         self.sums, self.counted = {}, set()  # on each device, of its tiles' new buffers; and the tiles in them
 
@@ -123,7 +141,11 @@ class PerTile:
         """The module on tile i, whose inputs are on devices[i]."""
         device, training = self.devices[i], self.module.training  # training changes the buffers in place
         buffers = {name: old.to(device, copy=training) for name, old in self.buffers.items()}
-        outputs = functional_call(self.module, (self.weights[device], buffers), inputs)
+        weights = self.weights[device]
+        if device in self.rounded:
+            rounded = self.rounded[device]
+            weights = {name: Rounded.apply(weight, rounded.get(name, weight)) for name, weight in weights.items()}
+        outputs = functional_call(self.module, (weights, buffers), inputs)
         if training and i not in self.counted:  # whoever recomputes runs a tile more than once
             self.counted.add(i)
             sums = self.sums.setdefault(device, dict.fromkeys(buffers, 0))
@@ -176,7 +198,7 @@ class DecomposedUNet(nn.Module):
         """
         home, k = devices[0], self.comm_channels
         encoder, decoder = PerTile(self.encoder, devices), PerTile(self.decoder, devices)
-        run = recomputed(devices) if self.recompute else remembered
+        run = recomputed(devices) if self.recompute else lambda function, i: function(i)
 
         def encode(i):
             return encoder(i, tiles[i].to(devices[i], non_blocking=True))
@@ -202,11 +224,6 @@ class DecomposedUNet(nn.Module):
         encoder.update_buffers()
         decoder.update_buffers()
         return outputs
-
-
-def remembered(function: Callable, i: int):
-    """Runs a function of tile i."""
-    return function(i)
 
 
 def recomputed(devices: Sequence[torch.device]) -> Callable:

@@ -41,6 +41,21 @@ def test_recompute_is_the_same_with_amp():
     assert all(torch.equal(a, b) for a, b in zip(model.buffers(), model_again.buffers()))
 
 
+@pytest.mark.parametrize("recompute", [False, True])
+def test_the_gradients_of_many_tiles_add_up(recompute):
+    """A loss that is a mean has the same gradient for 400 equal tiles as for one, but not if they are added up in bfloat16."""
+    config = CONFIG | {"width": 2, "depth": 1, "comm_channels": 0, "amp": True, "recompute": recompute}
+    torch.manual_seed(0)
+    tile, mask = torch.randn(1, 1, 8, 8), torch.randint(0, 3, (1, 8, 8), dtype=torch.uint8)
+    gradients = []
+    for n in (1, 20):
+        torch.manual_seed(0)
+        model = train.build_model(config)
+        train.batch_loss(model, tile.repeat(1, 1, n, n), mask.repeat(1, n, n), Tiling((8 * n, 8 * n), (n, n), 2), [CPU]).backward()
+        gradients.append(torch.cat([weight.grad.flatten() for weight in model.parameters()]))
+    assert (gradients[1] - gradients[0]).norm() < 0.05 * gradients[0].norm()
+
+
 def test_the_sums_of_a_large_image_are_exact():
     """4096x4096 pixels are 2^24, the last whole number up to which float32 counts, and far beyond bfloat16 (2^8)."""
     logits = torch.tensor([-300.0, 300.0], dtype=torch.bfloat16)[None, :, None, None].expand(1, 2, 4096, 4096)
