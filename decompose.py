@@ -85,9 +85,9 @@ class Tiling:
 
     def split(self, x: Tensor, overlap: bool = True, fill: float = 0) -> list[Tensor]:
         """(...,H,W) -> tiles (...,h,w), row-major: views of x, except where padded with `fill`."""
-        tiles = []
+        tiles, strip = [], functools.cache(lambda top, bottom: x[..., top:bottom, :])
         for top, bottom, left, right in self.halos if overlap else self.boxes:
-            tile = x[..., top:bottom, left:right]
+            tile = strip(top, bottom)[..., left:right]  # its gradient is as large as the strip, not as the image
             missing = 0, right - left - tile.shape[-1], 0, bottom - top - tile.shape[-2]
             tiles.append(F.pad(tile, missing, value=fill) if any(missing) else tile)
         return tiles
