@@ -2,7 +2,7 @@
 
     python -m experiments.benchmark                                       # 20 minutes on two CPU cores
     python -m experiments.benchmark --sizes 256 512 1024 --rounds 3       # 6 minutes
-    python -m experiments.benchmark --sizes 8192 --grid 16x16 --only "recompute, bf16" --rounds 1    # half an hour
+    python -m experiments.benchmark --sizes 8192 --grid 16x16 --only "recompute, bf16" --rounds 1    # 20 minutes
     python -m experiments.benchmark --distributed                         # two processes against one: distributed.py
     python -m experiments.benchmark --quick                               # seconds
 

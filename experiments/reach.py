@@ -1,6 +1,6 @@
 """How far does it see? The line between two discs against their distance in tiles, for networks of several reaches.
 
-    OMP_NUM_THREADS=1 python -m experiments.reach --grids 1x8           # 100 minutes of one core
+    OMP_NUM_THREADS=1 python -m experiments.reach --grids 1x8           # 110 minutes of one core
     OMP_NUM_THREADS=1 python -m experiments.reach --grids 1x16          # 80 minutes of one core
     OMP_NUM_THREADS=1 python -m experiments.reach --grids 4x4           # 3 hours of one core
     python -m experiments.reach --quick                                 # seconds
@@ -46,6 +46,7 @@ def dilated(k: int, *dilations: int) -> list[str]:
 MODELS = {  # tiles of the image: name: (options of train.py, communication network)
     "1x8": {
         "3 convolutions, K 32 (the paper's)": ([], CommNet),
+        "6 convolutions, K 22": (dilated(22, 1, 1, 1, 1, 1, 1), CommNet),
         "dilations 1 2 4, K 32": (dilated(32, 1, 2, 4), CommNet),
         "dilations 1 2 4, K 16": (dilated(16, 1, 2, 4), CommNet),
         "dilations 1 2 4 8, K 27": (dilated(27, 1, 2, 4, 8), CommNet),
