@@ -51,7 +51,8 @@ def test_the_gradients_of_many_tiles_add_up(recompute):
     for n in (1, 20):
         torch.manual_seed(0)
         model = train.build_model(config)
-        train.batch_loss(model, tile.repeat(1, 1, n, n), mask.repeat(1, n, n), Tiling((8 * n, 8 * n), (n, n), 2), [CPU]).backward()
+        images, masks, tiling = tile.repeat(1, 1, n, n), mask.repeat(1, n, n), Tiling((8 * n, 8 * n), (n, n), 2)
+        train.batch_loss(model, images, masks, tiling, [CPU]).backward()
         gradients.append(torch.cat([weight.grad.flatten() for weight in model.parameters()]))
     assert (gradients[1] - gradients[0]).norm() < 0.05 * gradients[0].norm()
 

@@ -3,6 +3,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from comm_net import CommNet
 from decompose import DecomposedUNet, Tiling
@@ -56,6 +57,22 @@ def test_split_copies_nothing_but_padded_tiles_and_fills_those():
     left, right = Tiling((16, 20), (1, 2), 8).split(image, fill=255)
     assert left.untyped_storage().data_ptr() == image.untyped_storage().data_ptr()
     assert right.shape == (1, 1, 16, 8) and (right[..., 4:] == 255).all() and (right[..., :4] == 1).all()
+
+
+def test_to_split_costs_a_gradient_of_a_strip_per_tile_and_not_one_of_the_image():
+    class Made(TorchDispatchMode):
+        pixels = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            if function is torch.ops.aten.slice_backward.default:
+                self.pixels += out.numel()
+            return out
+
+    image = torch.zeros(32, 32, requires_grad=True)
+    with Made() as made:
+        sum(tile.sum() for tile in Tiling((32, 32), (8, 8)).split(image)).backward()
+    assert 0 < made.pixels <= 16 * 32 * 32  # as much as 16 images; 64 tiles with a gradient of the image each were 64
 
 
 @pytest.mark.parametrize("grid, overlap, message", [
