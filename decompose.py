@@ -18,6 +18,7 @@ This file imports nothing but torch: copy it.
 """
 
 import functools
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -27,8 +28,6 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
-Box = tuple[int, int, int, int]  # top, bottom, left, right, in pixels
-
 
 @dataclass(frozen=True)
 class Tiling:
@@ -37,7 +36,6 @@ class Tiling:
     The tiles are as equal as whole cells allow: 2448 pixels in cells of 16 are 153 cells, so two tiles are 1232 and
     1216 wide. An image that ends inside a cell is padded there, at the bottom and right; `stitch` crops it again.
     With an overlap, `split` hands every tile that many pixels more on each side, as far as the image goes.
-
     ValueError: no tiles, or more than there are cells; an overlap that is not a whole number of cells.
     """
 
@@ -68,23 +66,25 @@ class Tiling:
         return Tiling(self.coarse_size, self.grid, overlap=self.overlap // self.cell)
 
     @functools.cached_property
-    def boxes(self) -> list[Box]:
-        """The tiles, row-major, without overlap. Together they cover the (padded) image once."""
+    def boxes(self) -> list[tuple]:
+        """(top, bottom, left, right) of the tiles, row-major, without overlap. They cover the (padded) image once."""
         rows, columns = ([self.cell * (i * (cells // tiles) + min(i, cells % tiles)) for i in range(tiles + 1)]
                          for cells, tiles in zip(self.coarse_size, self.grid))
         return [(top, bottom, left, right)
                 for top, bottom in zip(rows, rows[1:]) for left, right in zip(columns, columns[1:])]
 
     @functools.cached_property
-    def halos(self) -> list[Box]:
-        """The tiles, row-major, with overlap."""
+    def halos(self) -> list[tuple]:
+        """(top, bottom, left, right) of the tiles, row-major, with overlap."""
         height, width = (cells * self.cell for cells in self.coarse_size)
         return [(max(top - self.overlap, 0), min(bottom + self.overlap, height),
                  max(left - self.overlap, 0), min(right + self.overlap, width))
                 for top, bottom, left, right in self.boxes]
 
     def split(self, x: Tensor, overlap: bool = True, fill: float = 0) -> list[Tensor]:
-        """(...,H,W) -> tiles (...,h,w), row-major: views of x, except where padded with `fill`."""
+        """(...,H,W) -> tiles (...,h,w), row-major: views of x, except where padded with `fill`. ValueError: not (H,W)."""
+        if x.shape[-2:] != self.size:
+            raise ValueError(f"{tuple(x.shape)}, but the tiling is made for {self.size[0]} rows, {self.size[1]} columns")
         tiles, strip = [], functools.cache(lambda top, bottom: x[..., top:bottom, :])
         for top, bottom, left, right in self.halos if overlap else self.boxes:
             tile = strip(top, bottom)[..., left:right]  # its gradient is as large as the strip, not as the image
@@ -105,9 +105,8 @@ class Tiling:
 
 
 class Rounded(torch.autograd.Function):
-    """A weight for one of many tiles, rounded once for all of them to what autocast computes in, while the gradients of
-    the tiles add up in the weight's own precision. Left to autocast, they would add up in bfloat16, where one more of
-    hundreds is rounded away."""
+    """A weight for one of many tiles, rounded once for all of them to what autocast computes in. Their gradients add up
+    in the weight's own precision: in bfloat16, as autocast would have it, one more of hundreds is rounded away."""
 
     @staticmethod
     def forward(ctx, weight: Tensor, rounded: Tensor) -> Tensor:
@@ -132,20 +131,21 @@ class PerTile:
         self.weights = {device: {name: weight.to(device) for name, weight in module.named_parameters()}
                         for device in dict.fromkeys(devices)}
         self.rounded = {device: {name: weight.detach().to(torch.get_autocast_dtype(device.type))
-                                 for name, weight in weights.items() if weight.ndim > 1}  # those of norms stay precise
+                                 for name, weight in weights.items() if weight.dtype == torch.float32 and weight.ndim > 1}
                         for device, weights in self.weights.items() if torch.is_autocast_enabled(device.type)}
         self.buffers = dict(module.named_buffers())
         self.sums, self.counted = {}, set()  # on each device, of its tiles' new buffers; and the tiles in them
+        self.turn = threading.Lock()
 
     def __call__(self, i: int, *inputs):
         """The module on tile i, whose inputs are on devices[i]."""
         device, training = self.devices[i], self.module.training  # training changes the buffers in place
         buffers = {name: old.to(device, copy=training) for name, old in self.buffers.items()}
         weights = self.weights[device]
-        if device in self.rounded:
-            rounded = self.rounded[device]
+        if rounded := self.rounded.get(device):
             weights = {name: Rounded.apply(weight, rounded.get(name, weight)) for name, weight in weights.items()}
-        outputs = functional_call(self.module, (weights, buffers), inputs)
+        with self.turn:  # autograd recomputes with a thread for each GPU, and the call lends the module its weights
+            outputs = functional_call(self.module, (weights, buffers), inputs)
         if training and i not in self.counted:  # whoever recomputes runs a tile more than once
             self.counted.add(i)
             sums = self.sums.setdefault(device, dict.fromkeys(buffers, 0))
@@ -159,7 +159,7 @@ class PerTile:
         if not self.module.training:
             return
         for name, old in self.buffers.items():
-            total, tiles = sum(sums[name].to(old.device) for sums in self.sums.values()), len(self.devices)
+            total, tiles = sum(sums[name].to(old.device) for sums in self.sums.values()), len(self.counted)
             old.copy_(total / tiles if total.is_floating_point() else total // tiles)  # a count is the same for all
 
 
@@ -167,7 +167,7 @@ class DecomposedUNet(nn.Module):
     """Any encoder and decoder, run on the tiles of an image, and a communication network between the two.
 
     encoder: tile (B,C,h,w) -> (skips, coarse map); the skips are for the decoder alone to understand;
-    decoder: (skips, coarse map) -> logits (B,L,h,w);
+    decoder: (skips, coarse map) -> logits (B,L,h,w); neither may checkpoint or switch autocast inside;
     comm_net: (B,K,H/2^D,W/2^D) -> the same shape; without it (None, K = 0) the tiles know nothing of each other;
     comm_channels: K, at most the channels of the coarse map;
     recompute: trade time for memory. What is alive on a device, in training:
@@ -175,8 +175,7 @@ class DecomposedUNet(nn.Module):
         with: coarse maps, and the activations of one tile. A tile is encoded and forgotten but for what it sends;
         encoded again, decoded and forgotten but for what `finish` returns; and each of the two again for its gradient.
         Loss, gradients and running statistics are the same (with dropout: drawn anew, but the same in every run of a
-        tile), and so are evaluation and prediction.
-
+        tile). Where no gradient is asked for, nothing is ever remembered.
     ValueError: a communication network without channels, or channels without a network.
     """
 
@@ -192,18 +191,21 @@ class DecomposedUNet(nn.Module):
                 finish: Callable = lambda i, logits: logits) -> list:
         """Tiles (B,C,h,w), as `tiling.split` made them -> what `finish` returned for each tile.
 
-        Tile i is moved to devices[i] and computed there. `finish(i, logits)` is called there too, with the tile's
-        logits (B,L,h,w) without overlap. What it returns (these logits, or their share of a loss) is all that is
-        kept of the tile; no device ever holds anything of image size.
+        Tile i is moved to devices[i] and computed there. `finish(i, logits)` is called there too (again if recomputed),
+        with the tile's logits (B,L,h,w) without overlap. What it returns (these logits, or their share of a loss) is all
+        that is kept of the tile; no device ever holds anything of image size. ValueError: not one device for each tile.
         """
         home, k = devices[0], self.comm_channels
         encoder, decoder = PerTile(self.encoder, devices), PerTile(self.decoder, devices)
-        run = recomputed(devices) if self.recompute else lambda function, i: function(i)
+        if not len(tiles) == len(devices) == len(tiling):
+            raise ValueError(f"{len(tiles)} tiles and {len(devices)} devices, but the tiling has {len(tiling)} tiles")
+        remember = torch.is_grad_enabled() and not self.recompute
+        run = (lambda function, i: function(i)) if remember else recomputed(devices)
 
         def encode(i):
             return encoder(i, tiles[i].to(devices[i], non_blocking=True))
 
-        if not self.recompute:
+        if remember:
             encode = functools.cache(encode)  # to send and to decode, the tile is encoded once and remembered
 
         def send(i):
@@ -243,8 +245,6 @@ def recomputed(devices: Sequence[torch.device]) -> Callable:
             finally:
                 generator.set_state(before)
 
-        if not torch.is_grad_enabled():
-            return seeded(i)
         return checkpoint(seeded, i, use_reentrant=False, preserve_rng_state=False)
 
     return run

@@ -136,7 +136,7 @@ def main(arguments: list[str] | None = None):
         parser.error(explain(error, out))
 
     devices = processes.find_devices(getattr(asked, "gpus", torch.cuda.device_count()), "tiles")
-    model.to(devices[0]).recompute = True  # nothing is remembered of a tile but what it sends
+    model.to(devices[0])
     counts, failed = {}, 0
     for path in asked.images:
         started = time.perf_counter()

@@ -229,3 +229,14 @@ def test_finish_decides_what_is_kept_of_a_tile():
 def test_a_communication_network_and_its_channels_come_together(comm_net, channels):
     with pytest.raises(ValueError, match=f"{channels} communicated channels, but the communication network is"):
         decomposed(UNet(1, 2, 2, 1), comm_net, channels)
+
+
+def test_images_tiles_and_devices_must_fit_the_tiling():
+    tiling = Tiling((8, 12), (2, 3), 4)
+    for image in (torch.zeros(1, 1, 12, 8), torch.zeros(1, 1, 16, 24)):
+        with pytest.raises(ValueError, match="made for 8 rows, 12 columns"):
+            tiling.split(image)
+    model, tiles = DecomposedUNet(nn.Identity(), nn.Identity()), tiling.split(torch.zeros(1, 1, 8, 12))
+    for devices in (1, 12):
+        with pytest.raises(ValueError, match=f"6 tiles and {devices} devices"):
+            model(tiles, tiling, devices * [torch.device("cpu")])

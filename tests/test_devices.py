@@ -1,14 +1,17 @@
 """One training step on two devices against the same step on one, with a pretend second device or two real GPUs."""
 
 import math
+import time
 from collections import Counter
+from multiprocessing.pool import ThreadPool
 
 import pytest
 import torch
 from pretend_device import DEVICE, PretendDevice
+from torch import nn
 
 import train
-from decompose import Tiling
+from decompose import PerTile, Tiling
 from synthetic import LinesAndCircles
 
 CPU = torch.device("cpu")
@@ -18,10 +21,10 @@ CONFIG = {"channels": 1, "classes": LinesAndCircles.classes, "width": WIDTH, "de
           "mean": [0.5], "std": [2.0], "amp": False}
 
 
-def one_step(grid, devices):
+def one_step(grid, devices, recompute=False):
     """Loss, gradients and buffers after one step in float64, from the same weights and images every time."""
     torch.manual_seed(0)
-    model = train.build_model(CONFIG).double().to(devices[0])
+    model = train.build_model(CONFIG | {"recompute": recompute}).double().to(devices[0])
     images, masks = map(torch.stack, zip(*LinesAndCircles(B)))
     loss = train.batch_loss(model, images.double(), masks, Tiling((64, 64), grid, 2**DEPTH), devices)
     loss.backward()
@@ -45,9 +48,27 @@ def test_with_more_tiles_than_devices_only_the_order_of_additions_differs(grid):
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-def test_a_step_on_two_gpus_is_the_step_on_one():
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_step_on_two_gpus_is_the_step_on_one(recompute):
     gpus = [torch.device("cuda", 0), torch.device("cuda", 1)]
-    assert_same(one_step((1, 2), gpus[:1]), one_step((1, 2), gpus), tolerance=1e-12)
+    assert_same(one_step((4, 4), gpus[:1]), one_step((4, 4), gpus, recompute), tolerance=1e-12)
+
+
+def test_each_thread_gets_the_weights_of_its_device():
+    """In the backward pass of --recompute, autograd runs tiles in a thread for each GPU. Here the threads are our own."""
+    class Slow(nn.Linear):
+        def forward(self, x):
+            time.sleep(0.1)  # until the other thread is here too
+            return super().forward(x)
+
+    devices = [CPU, torch.device("cpu", 0)]  # two names for one
+    module = Slow(1, 1)
+    per_tile, weights = PerTile(module, devices), dict(module.named_parameters())
+    per_tile.weights[devices[1]] = {name: weight.detach() + 1 for name, weight in weights.items()}
+    with ThreadPool(2) as pool:
+        first, second = pool.starmap(per_tile, [(i, torch.zeros(1)) for i in range(2)], chunksize=1)
+    assert first == weights["bias"] and second == weights["bias"] + 1
+    assert all(weight is weights[name] for name, weight in module.named_parameters())
 
 
 def test_a_misplaced_tensor_fails():
@@ -57,12 +78,12 @@ def test_a_misplaced_tensor_fails():
 
 @pytest.mark.parametrize("recompute", [False, True])
 def test_an_image_and_a_mask_of_the_host_never_appear_whole_on_a_device(recompute):
-    """Everything is computed on the pretend device; as it cannot run backward under checkpoints, without gradients."""
+    """Everything is computed on the pretend device; as it cannot do that under checkpoints, those without gradients."""
     images, masks = map(torch.stack, zip(*LinesAndCircles(B)))
     with PretendDevice() as device:
         model = train.build_model(CONFIG | {"recompute": recompute}).to(DEVICE)
         device.moved.clear()
-        with torch.no_grad():
+        with torch.set_grad_enabled(not recompute):
             train.batch_loss(model, images, masks, Tiling((64, 64), (2, 2), 2**DEPTH), [DEVICE])
     assert Counter(shape for _, _, shape, _ in device.moved if math.prod(shape) > 2 * L + 2) == {
         (B, 1, 32, 32): 8 if recompute else 4, (B, 32, 32): 4}

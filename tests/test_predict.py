@@ -83,7 +83,6 @@ class LargestCopy(TorchDispatchMode):
 def test_an_array_on_disk_is_read_tile_by_tile(grey, tmp_path):
     image = torch.from_numpy(read_image(save(tmp_path / "a.npy", RNG.random((1024, 1024)))))
     model, config = train.load_model(grey)
-    model.recompute = True
     tiling = train.build_tiling(config, image.shape[:2], (8, 8))
     with LargestCopy(image) as largest:
         mask = torch.empty(1, 1024, 1024, dtype=torch.uint8)
