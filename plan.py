@@ -9,8 +9,10 @@ What a kernel needs only inside itself (the workspace of a convolution) and what
 The options are those of train.py, and --memory.
 """
 
+import functools
 import itertools
 import math
+import operator
 import os
 import sys
 import weakref
@@ -69,7 +71,8 @@ def without_seeds(devices: list):
 
 def fake_step(config: dict) -> LiveMemory:
     """One training step, with Adam's averages made before. GPU i is called "cpu:{i + 1}", a CPU with a number, for
-    which no driver need exist. With `gpus` 0, "cpu:1" is the CPU of a run without GPUs, and holds the images too."""
+    which no driver need exist. With `gpus` 0, "cpu:1" is the CPU of a run without GPUs, and holds the images too.
+    phases: the peaks until the communication network begins, until it ends, until the loss; and so on back again."""
     devices = [torch.device("cpu", i + 1) for i in range(max(config["gpus"], 1))]
     host = torch.device("cpu") if config["gpus"] else devices[0]
     with LiveMemory() as memory, FakeTensorMode(), mock.patch("decompose.recomputed", without_seeds):
@@ -86,19 +89,34 @@ def fake_step(config: dict) -> LiveMemory:
         optimizer.zero_grad()
         images = torch.empty(config["batch_size"], config["channels"], *config["image_size"], device=host)
         masks = torch.empty(config["batch_size"], *config["image_size"], dtype=torch.uint8, device=host)
-        memory.peak.clear()
+        memory.phases = []
+
+        def end_phase(*_):
+            memory.phases.append(memory.peak)
+            memory.peak = memory.live.copy()
+
+        def watch(tensor):
+            end_phase()
+            tensor.register_hook(end_phase)
+
+        if model.comm_net is not None:
+            model.comm_net.register_forward_pre_hook(lambda _, inputs: watch(inputs[0]))
+            model.comm_net.register_forward_hook(lambda _, inputs, output: watch(output))
+        memory.peak = memory.live.copy()
         memory.moved.clear()
         loss = train.batch_loss(model, images, masks, build_tiling(config, config["image_size"]), devices)
-        memory.forward_peak = memory.peak.copy()
+        end_phase()
         loss.backward()
         optimizer.step()
+        end_phase()
+        memory.peak = functools.reduce(operator.or_, memory.phases)  # the largest
     return memory
 
 
 def predict(config: dict) -> tuple[Counter, Counter]:
     """Peak bytes of each device, and bytes moved by (from, to), in seconds for any number of tiles: from three and four
-    tiles per device on, they go up in straight lines, one for the forward pass and one for the whole step. With many
-    tiles the first is the higher one. Uneven tiles are taken to be as large as the largest."""
+    tiles per device on, what each phase of the step needs goes up in a straight line. Uneven tiles are taken to be as large
+    as the largest; with an overlap, so are their parts of the image and of the coarse map, which is a little too much."""
     tiling, devices = build_tiling(config, config["image_size"]), max(config["gpus"], 1)
     per_device = -(-len(tiling) // devices)
     if per_device <= 4:
@@ -107,17 +125,19 @@ def predict(config: dict) -> tuple[Counter, Counter]:
     height = max(bottom - top for top, bottom, _, _ in tiling.halos)
     width = max(right - left for _, _, left, right in tiling.halos)
     three, four = (fake_step(config | {"image_size": (height, width * n), "grid": (1, n), "overlap": 0})
-                  for n in (3 * devices, 4 * devices))
-    forward, step, moved = (Counter({key: c[key] + (per_device - 4) * (c[key] - b[key]) for key in c})
-                            for b, c in ((getattr(three, name), getattr(four, name))
-                                         for name in ("forward_peak", "peak", "moved")))
-    return forward | step, moved  # the larger of the two
+                   for n in (3 * devices, 4 * devices))
+
+    def extended(three: Counter, four: Counter) -> Counter:
+        return Counter({key: four[key] + (per_device - 4) * (four[key] - three[key]) for key in four})
+
+    return functools.reduce(operator.or_, map(extended, three.phases, four.phases)), extended(three.moved, four.moved)
 
 
 def largest_image(config: dict, memory: float) -> int:
     """Side of the largest square image whose training step stays below `memory` bytes on every GPU; 0 if none does.
     Peak memory grows in a straight line with the number of pixels, so two sizes tell it."""
-    sides = [pixels * math.lcm(*config["grid"]) for pixels in (256, 512)]
+    tile = 2 * max(128, 2 ** config["depth"])  # of two cells at least: batch norm wants more than one
+    sides = [pixels * math.lcm(*config["grid"]) for pixels in (tile, 2 * tile)]
     peaks = [predict(config | {"image_size": (side, side)})[0] for side in sides]
     small, large = (max(size for device, size in peak.items() if device != "cpu") for peak in peaks)
     slope = (large - small) / (sides[1] ** 2 - sides[0] ** 2)
