@@ -37,8 +37,9 @@ def describe(config: dict, progress: Callable) -> dict:
         datasets = build_datasets(config)
     except DataError:
         raise
-    except ValueError as error:
-        raise DataError(f"--image-size: {error}") from None
+    except ValueError:
+        raise DataError(f"--image-size {'x'.join(map(str, config['image_size']))}: synthetic images must hold two tiles of "
+                        "32x32; take 64 or more for one side, 32 or more for the other") from None
     data = datasets["train"]
     if config["dataset"] == "synthetic":
         known = {"channels": data.channels, "classes": data.classes, "colors": data.colors, "mean": [0.0], "std": [1.0],

@@ -41,11 +41,14 @@ def open_picture(path: Path) -> Image.Image:
         raise DataError(f"{path}: {'a folder' if path.is_dir() else 'no such file'}; name a PNG, a JPEG or an .npy")
     try:
         with Image.open(path, formats=("PNG", "JPEG")) as picture:
+            cut = ";16" in str(picture.tile) and not picture.mode.startswith("I")  # Pillow has 16 bits for grey alone
             picture.load()
-            return picture
     except Exception as error:  # a damaged file fails in as many ways as there are places in it
         reason = "no PNG or JPEG" if isinstance(error, Image.UnidentifiedImageError) else str(error) or "broken"
         raise DataError(f"{path}: cannot be read ({reason}); replace it, or do without it") from None
+    if cut:
+        raise DataError(f"{path}: a PNG of 16 bits in more than one channel, of which 8 would be read; save it as .npy")
+    return picture
 
 
 def open_array(path: Path, dimensions: tuple[int, ...], shape: str) -> np.ndarray:

@@ -68,7 +68,7 @@ def default_grid(gpus: int) -> tuple[int, int]:
 
 
 def make_parser(description: str) -> Parser:
-    parser = Parser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = Parser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
     option, unset = parser.add_argument, argparse.SUPPRESS
     option("--dataset", choices=["synthetic", "folder", "deepglobe"], default="synthetic", help="what to learn: lines "
            "between circles, images and masks of your own, or DeepGlobe's land cover")

@@ -1,6 +1,6 @@
 """Figure 7 of the poster: how many channels must the tiles exchange? Line IoU against K, at several depths.
 
-    OMP_NUM_THREADS=1 python -m experiments.comm_channels                           # 100 minutes of one core
+    OMP_NUM_THREADS=1 python -m experiments.comm_channels                           # 80 minutes of one core
     OMP_NUM_THREADS=1 python -m experiments.comm_channels --depths 3 --channels 0 4 --seeds 0    # a part of it
     python -m experiments.comm_channels --quick                                     # seconds
 

@@ -1,5 +1,8 @@
 """Every format against arrays made here, and what a folder is taken to mean."""
 
+import struct
+import zlib
+
 import numpy as np
 import pytest
 import torch
@@ -25,6 +28,15 @@ def save(path, array, mode=None):
         picture = Image.fromarray(array)
         (picture.convert(mode) if mode else picture).save(path)
     return path
+
+
+def save_deep_color(path):
+    """A black PNG of 16x24 pixels with 16 bits for each of red, green and blue, which Pillow cannot write."""
+    def chunk(name, data):
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 24, 16, 16, 2, 0, 0, 0))
+                     + chunk(b"IDAT", zlib.compress(bytes(16 * (1 + 24 * 6)))) + chunk(b"IEND", b""))
 
 
 def make_folder(root, pairs=12, size=(16, 24), channels=3, splits=("train",), classes=3):
@@ -215,6 +227,7 @@ FAULTS = [  # what is done to an image, its mask or their folder, and what must 
     (lambda image, mask: replace(mask, ".npy", np.full((16, 24), -1)), "holds the value -1"),
     (lambda image, mask: save(image, np.zeros((16, 24), np.uint8)), "1-channel uint8, but 0.png is 3-channel uint8"),
     (lambda image, mask: save(image, np.zeros((16, 24), np.uint16)), "1-channel uint16"),
+    (lambda image, mask: save_deep_color(image), "a PNG of 16 bits in more than one channel"),
     (lambda image, mask: replace(image, ".npy", np.zeros((3, 16, 124), np.uint8)), "save array.transpose(1, 2, 0)"),
     (lambda image, mask: replace(image, ".npy", np.zeros(24, np.uint8)), "(H,W) or (H,W,C) was expected"),
     (lambda image, mask: replace(image, ".npy", np.array([{}])), "3.npy: cannot be read as an array"),

@@ -87,7 +87,7 @@ def test_tiles_that_communicate_learn_the_line_and_tiles_that_do_not_can_only_gu
     ("--grid 9x1", "9 rows of tiles: an image of 64x64 pixels in cells of 8x8 can have 1 to 8"),
     ("--comm-channels 65", "--comm-channels 65, but the coarse map of --width 8 and --depth 3 has only 64 channels"),
     ("--overlap 5", "an overlap of 5 pixels: it must be a multiple of the cell, 8"),
-    ("--image-size 16", "two discs of 9 pixels need at least two tiles"),
+    ("--image-size 16", "--image-size 16x16: synthetic images must hold two tiles of 32x32"),
     ("--train-images 17 --grid 8x8", "a tile is a single cell, and a process has a batch of a single image"),
     ("--seed 18446744073709551616", "--seed: '18446744073709551616' is not a number of 0 to 9223372036854775807"),
     ("--depth 20000", "--depth: '20000' is not a number of 1 to 12"),
