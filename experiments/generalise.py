@@ -62,7 +62,7 @@ def draw(path: Path, results: list[dict]):
     right.set_xscale("log", base=2)
     right.set_xticks([64, 128, 256], ["64x64\n(as trained)", "128x128", "256x256"])
     right.set(xlabel="image", xlim=(56, 292), title="Larger images, without more training")
-    right.legend(fontsize=9, loc=(0.37, 0.5))
+    right.legend(fontsize=9, loc=(0.3, 0.51))
     for axes in (left, right):
         axes.grid(axis="y", alpha=0.3)
     plots.save(figure, path)

@@ -58,7 +58,7 @@ def test_a_size_that_cannot_be_cut_is_named(capsys):
 
 
 @pytest.mark.parametrize("script, rows, score, told", [
-    (reach, 54, "line_iou", "plain U-Net, depth 5"), (comm_channels, 3, "line", "| 2 | 8 | "),
+    (reach, 60, "line_iou", "plain U-Net, depth 5"), (comm_channels, 3, "line", "| 2 | 8 | "),
     (control, 3, "line", "same network, no exchange"), (generalise, 13, "line", "| 256x256 | 8x8 | any two tiles |"),
     (deepglobe, 9, "mean_iou", "| 0.6680 |"), (memory, 14, "peak_mib", "| 128x128 |")])
 def test_a_quick_run_leaves_results_a_table_and_a_picture_and_makes_nothing_twice(script, rows, score, told, tmp_path,
