@@ -65,9 +65,11 @@ def test_with_many_tiles_memory_goes_up_in_a_straight_line():
         assert moved["cpu", gpu] == whole.moved["cpu", gpu]
 
 
-@pytest.mark.parametrize("options", ["", "--comm-channels 0", "--recompute", "--recompute --width 4 --comm-channels 32"])
-def test_with_many_small_tiles_too_where_weights_and_coarse_map_weigh_as_much_as_the_activations(options):
-    config = configuration(f"--grid 1x16 --width 16 --depth 3 {options}") | {"image_size": (32, 512), "gpus": 1}
+@pytest.mark.parametrize("tiles, options", [
+    (6, "--width 16"), (6, "--width 16 --comm-channels 0"), (6, "--width 16 --recompute"),
+    (16, "--width 4 --recompute --comm-channels 32")])
+def test_with_many_small_tiles_too_where_weights_and_coarse_map_weigh_as_much_as_the_activations(tiles, options):
+    config = configuration(f"--grid 1x{tiles} --depth 3 {options}") | {"image_size": (32, 32 * tiles), "gpus": 1}
     peak, whole = plan.predict(config)[0], plan.fake_step(config).peak
     assert peak["cpu:1"] == pytest.approx(whole["cpu:1"], rel=0.03)
 
