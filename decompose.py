@@ -83,7 +83,7 @@ class Tiling:
 
     def split(self, x: Tensor, overlap: bool = True, fill: float = 0) -> list[Tensor]:
         """(...,H,W) -> tiles (...,h,w), row-major: views of x, except where padded with `fill`. ValueError: not (H,W)."""
-        if x.shape[-2:] != self.size:
+        if x.shape[-2:] != tuple(self.size):
             raise ValueError(f"{tuple(x.shape)}, but the tiling is made for {self.size[0]} rows, {self.size[1]} columns")
         tiles, strip = [], functools.cache(lambda top, bottom: x[..., top:bottom, :])
         for top, bottom, left, right in self.halos if overlap else self.boxes:

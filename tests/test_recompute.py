@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import plan
 import train
 from decompose import DecomposedUNet, Tiling
 
@@ -65,12 +66,13 @@ def test_a_tile_keeps_what_it_sends_and_not_all_channels_of_its_coarse_map(monke
     assert len(sent) == 4 and all(tile.untyped_storage().nbytes() == tile.nbytes for tile in sent)
 
 
-def test_evaluation_is_the_same():
+def test_evaluation_is_the_same_and_remembers_as_little():
     tiling, images = Tiling((32, 32), (2, 2), 4), torch.randn(2, 1, 32, 32)
-    logits = []
+    logits, peaks = [], []
     for recompute in (False, True):
         torch.manual_seed(0)
         model = train.build_model(CONFIG | {"recompute": recompute}).eval()
-        with torch.no_grad():
+        with torch.no_grad(), plan.LiveMemory() as memory:
             logits.append(tiling.stitch(model(tiling.split(images), tiling, [CPU] * 4)))
-    assert torch.equal(*logits)
+        peaks.append(memory.peak["cpu"])
+    assert torch.equal(*logits) and peaks[0] == peaks[1]
