@@ -1,7 +1,6 @@
 """The bare training step against that of the plain U-Net: time and peak memory from 256x256 to 2048x2048 pixels.
 
-    python -m experiments.benchmark                                       # 20 minutes on two CPU cores
-    python -m experiments.benchmark --sizes 256 512 1024 --rounds 3       # 6 minutes
+    python -m experiments.benchmark                                       # 5 minutes on two CPU cores
     python -m experiments.benchmark --sizes 8192 --grid 16x16 --only "recompute, bf16" --rounds 1    # 20 minutes
     python -m experiments.benchmark --distributed                         # two processes against one: distributed.py
     python -m experiments.benchmark --quick                               # seconds
@@ -11,6 +10,8 @@ turns in one process, so that the ratios hold on a machine whose speed drifts; t
 after a step to warm up. Peak memory is what the allocator says on a GPU, and on a CPU the sum of all tensors alive
 (weights, gradients, Adam's two averages and the image included). Contestants that the memory does not hold are shown
 as such. Writes runs/benchmark/benchmark.csv and benchmark.png; the last line of the output is JSON.
+On Linux, put MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000 in front of the command: otherwise the C library
+returns large tensors to the system, and the plain U-Net spends half of its step on getting them back.
 """
 
 import argparse
@@ -151,7 +152,7 @@ def main(arguments: list[str] | None = None):
     option("--channels", type=number(1), default=1, help="of the image")
     option("--classes", type=number(2), default=3, help="of the mask")
     option("--comm-channels", type=number(0), default=32, help="communicated channels")
-    option("--rounds", type=number(1), default=5, help="steps of each contestant")
+    option("--rounds", type=number(1), default=3, help="steps of each contestant")
     option("--only", default="", metavar="WORD", help="contestants with this word in their name")
     option("--distributed", action="store_true", help="two processes against one instead; see experiments/distributed.py")
     option("--quick", action="store_true", help="a smoke run")

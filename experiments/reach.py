@@ -1,6 +1,6 @@
 """How far does it see? The line between two discs against their distance in tiles, for networks of several reaches.
 
-    OMP_NUM_THREADS=1 python -m experiments.reach --grids 1x8           # 110 minutes of one core
+    OMP_NUM_THREADS=1 python -m experiments.reach                       # 110 minutes of one core
     OMP_NUM_THREADS=1 python -m experiments.reach --grids 1x16          # 80 minutes of one core
     OMP_NUM_THREADS=1 python -m experiments.reach --grids 4x4           # 3 hours of one core
     python -m experiments.reach --quick                                 # seconds
@@ -92,7 +92,7 @@ def by_distance(model, config: dict, images: int) -> dict[int, float]:
 def draw(path: Path, results: list[dict]):
     """Line IoU against distance, a panel for each grid; the reach of each network as a dotted line."""
     grids = [grid for grid in MODELS if where(results, tiles=grid)] or list(MODELS)
-    figure, panels = plt.subplots(1, len(grids), figsize=(6.4 * len(grids), 4.4), squeeze=False, sharey=True,
+    figure, panels = plt.subplots(1, len(grids), figsize=(6.4 * len(grids), 5), squeeze=False, sharey=True,
                                   layout="constrained")
     for axes, grid in zip(panels[0], grids):
         for i, name in enumerate(MODELS[grid]):
@@ -105,14 +105,14 @@ def draw(path: Path, results: list[dict]):
                  title=f"{grid} tiles of {TILE}x{TILE} pixels")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
+        axes.legend(fontsize=8, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.13))  # below, where no line is
     panels[0][0].set_ylabel("line IoU")
     plots.save(figure, path)
 
 
 def main(arguments: list[str] | None = None):
     parser = make_parser(__doc__.splitlines()[0])
-    parser.add_argument("--grids", nargs="+", choices=MODELS, default=list(MODELS), help="tiles of the image")
+    parser.add_argument("--grids", nargs="+", choices=MODELS, default=["1x8"], help="tiles of the image")
     asked = parser.parse_args(arguments)
     folder, training, tested = Path("runs/reach"), TRAINING, TESTED
     if asked.quick:
