@@ -26,6 +26,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 import train
+from decompose import Tiling
 from image_folder import DataError
 from options import build_tiling, check_sizes, make_parser, number, parse
 
@@ -72,7 +73,7 @@ def without_seeds(devices: list):
 def fake_step(config: dict) -> LiveMemory:
     """One training step, with Adam's averages made before. GPU i is called "cpu:{i + 1}", a CPU with a number, for
     which no driver need exist. With `gpus` 0, "cpu:1" is the CPU of a run without GPUs, and holds the images too.
-    phases: the peaks until the communication network begins, until it ends, until the loss; and so on back again."""
+    phases: the peaks from one cut or stitch to the next, there and back again."""
     devices = [torch.device("cpu", i + 1) for i in range(max(config["gpus"], 1))]
     host = torch.device("cpu") if config["gpus"] else devices[0]
     with LiveMemory() as memory, FakeTensorMode(), mock.patch("decompose.recomputed", without_seeds):
@@ -97,14 +98,22 @@ def fake_step(config: dict) -> LiveMemory:
 
         def watch(tensor):
             end_phase()
-            tensor.register_hook(end_phase)
+            if tensor.requires_grad:
+                tensor.register_hook(end_phase)
+            return tensor
 
-        if model.comm_net is not None:
-            model.comm_net.register_forward_pre_hook(lambda _, inputs: watch(inputs[0]))
-            model.comm_net.register_forward_hook(lambda _, inputs, output: watch(output))
+        def watched_stitch(tiling, tiles, stitch=Tiling.stitch):
+            end_phase()
+            return watch(stitch(tiling, tiles))
+
+        def watched_split(tiling, x, split=Tiling.split, **options):
+            *others, last = split(tiling, watch(x), **options)
+            return [*others, watch(last)]  # whose gradient goes back first
+
         memory.peak = memory.live.copy()
         memory.moved.clear()
-        loss = train.batch_loss(model, images, masks, build_tiling(config, config["image_size"]), devices)
+        with mock.patch.multiple(Tiling, stitch=watched_stitch, split=watched_split):
+            loss = train.batch_loss(model, images, masks, build_tiling(config, config["image_size"]), devices)
         end_phase()
         loss.backward()
         optimizer.step()

@@ -67,7 +67,7 @@ def test_with_many_tiles_memory_goes_up_in_a_straight_line():
 
 @pytest.mark.parametrize("tiles, options", [
     (6, "--width 16"), (6, "--width 16 --comm-channels 0"), (6, "--width 16 --recompute"),
-    (16, "--width 4 --recompute --comm-channels 32")])
+    (16, "--depth 1 --recompute --comm-channels 8")])
 def test_with_many_small_tiles_too_where_weights_and_coarse_map_weigh_as_much_as_the_activations(tiles, options):
     config = configuration(f"--grid 1x{tiles} --depth 3 {options}") | {"image_size": (32, 32 * tiles), "gpus": 1}
     peak, whole = plan.predict(config)[0], plan.fake_step(config).peak
@@ -101,6 +101,15 @@ def test_the_largest_image_fits_and_a_larger_one_does_not():
     side = plan.largest_image(config, 64 * 2**20) // 8 * 8
     for size, fits in ((side - 16, True), (side + 16, False)):
         assert (plan.predict(config | {"image_size": (size, size)})[0]["cpu:1"] <= 64 * 2**20) == fits
+
+
+def test_the_largest_image_of_a_deep_network_is_asked_of_tiles_of_two_cells_or_more(monkeypatch):
+    def one_byte_a_pixel(config):
+        tiling = build_tiling(config, config["image_size"])
+        assert all(bottom - top > 1 and right - left > 1 for top, bottom, left, right in tiling.coarse.boxes)
+        return {"cpu:1": tiling.size[0] * tiling.size[1]}, {}
+    monkeypatch.setattr(plan, "predict", one_byte_a_pixel)
+    assert plan.largest_image(configuration("--depth 9 --grid 2x3 --image-size 2048"), 5000**2) == 5000
 
 
 def test_every_gpu_and_every_model_is_told(capsys):
