@@ -30,9 +30,10 @@ def draw_curves(path, rows: list[dict], classes: list[str], colors: list):
 def draw_predictions(path, columns: dict[str, list], boxes: list[list], classes: list[str], colors: list):
     """A picture per cell: `columns` maps a title to images (C,H,W), or to masks (H,W) of class indices.
     boxes: of each row of pictures, (top, bottom, left, right) of every tile, drawn as lines."""
-    count = len(next(iter(columns.values())))
-    figure, axes = plt.subplots(count, len(columns), figsize=(2.2 * len(columns), 2.2 * count + 0.5), squeeze=False,
-                                layout="constrained")
+    heights = [picture.shape[-2] / picture.shape[-1] for picture in next(iter(columns.values()))]  # for a width of 1
+    width = 2.2 * np.clip(len(heights) / sum(heights), 0.25, 2)  # inches: more for wide pictures, less for tall ones
+    figure, axes = plt.subplots(len(heights), len(columns), height_ratios=heights, squeeze=False, layout="constrained",
+                                figsize=(width * len(columns), width * sum(heights) + 1))
     for column, (title, pictures) in zip(axes.T, columns.items()):
         column[0].set_title(title)
         for cell, picture, tiles in zip(column, pictures, boxes):
