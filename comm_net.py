@@ -14,11 +14,12 @@ from torch import nn
 
 
 class CommNet(nn.Sequential):
-    """For each dilation: 5x5 convolution, batch norm, ReLU, dropout of whole channels. (B,K,h,w) -> (B,K,h,w).
+    """For each dilation: 5x5 convolution, batch norm, ReLU, dropout of whole channels. (B,K,H/2^D,W/2^D) -> the same.
 
     The default is the paper's: three convolutions without dilation. A 5x5 convolution looks 2 cells to every side, times
     its dilation, and a coarse cell is 2^D pixels wide: three of them see 6 cells, 48 pixels at depth 3, 96 at depth 4.
-    Dilations 1, 2, 4, 8 see 30 cells, with weights for one convolution more. Beyond its reach, nothing passes.
+    Dilations 1, 2, 4, 8 see 30 cells, with weights for one convolution more. Beyond its reach nothing passes, but a
+    cell halfway between two others hears both if they are up to twice as far apart.
     """
 
     def __init__(self, channels: int, dropout: float = 0.1, dilations: Sequence[int] = (1, 1, 1)):

@@ -106,7 +106,7 @@ class Tiling:
 
 class Rounded(torch.autograd.Function):
     """A weight for one of many tiles, rounded once for all of them to what autocast computes in. Their gradients add up
-    in the weight's own precision: in bfloat16, as autocast would have it, one more of hundreds is rounded away."""
+    in the weight's own precision: autocast would add them in bfloat16, which rounds away those of the last of many."""
 
     @staticmethod
     def forward(ctx, weight: Tensor, rounded: Tensor) -> Tensor:
@@ -144,7 +144,7 @@ class PerTile:
         weights = self.weights[device]
         if rounded := self.rounded.get(device):
             weights = {name: Rounded.apply(weight, rounded.get(name, weight)) for name, weight in weights.items()}
-        with self.turn:  # autograd recomputes with a thread for each GPU, and the call lends the module its weights
+        with self.turn:  # backward has a thread for each GPU, and the call puts these weights into the one module
             outputs = functional_call(self.module, (weights, buffers), inputs)
         if training and i not in self.counted:  # whoever recomputes runs a tile more than once
             self.counted.add(i)
@@ -172,8 +172,8 @@ class DecomposedUNet(nn.Module):
     comm_channels: K, at most the channels of the coarse map;
     recompute: trade time for memory. What is alive on a device, in training:
         without: the activations of all its tiles, from their encoding to their gradient;
-        with: coarse maps, and the activations of one tile. A tile is encoded and forgotten but for what it sends;
-        encoded again, decoded and forgotten but for what `finish` returns; and each of the two again for its gradient.
+        with: coarse maps, and the activations of one tile. A tile is encoded, and forgotten but for what it sends; later
+        encoded and decoded, and forgotten but for what `finish` returns; the backward pass does both again.
         Loss, gradients and running statistics are the same (with dropout: drawn anew, but the same in every run of a
         tile). Where no gradient is asked for, nothing is ever remembered.
     ValueError: a communication network without channels, or channels without a network.
@@ -193,7 +193,7 @@ class DecomposedUNet(nn.Module):
 
         Tile i is moved to devices[i] and computed there. `finish(i, logits)` is called there too (again if recomputed),
         with the tile's logits (B,L,h,w) without overlap. What it returns (these logits, or their share of a loss) is all
-        that is kept of the tile; no device ever holds anything of image size. ValueError: not one device for each tile.
+        that comes back; no tensor of image size is ever made on a device. ValueError: not one device for each tile.
         """
         home, k = devices[0], self.comm_channels
         encoder, decoder = PerTile(self.encoder, devices), PerTile(self.decoder, devices)

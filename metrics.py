@@ -36,6 +36,7 @@ def dice_cross_entropy(sums: Tensor) -> Tensor:
 def confusion(predicted: Tensor, mask: Tensor, near: Tensor, classes: int) -> Tensor:
     """Predicted and true classes (B,h,w), and which pixels are near a seam (h,w) -> (2,L,L) counts of pixels, true class
     by predicted class: first those away from seams, then those near one."""
+    # pixels that do not count go to a bin of their own at the end
     pairs = ((near * classes + mask.long()) * classes + predicted).where(mask != IGNORE, 2 * classes**2).flatten()
     counts = torch.zeros(2 * classes**2 + 1, dtype=torch.long, device=mask.device)
     counts.scatter_add_(0, pairs, torch.ones_like(pairs))  # bincount would make the loop wait for each GPU in turn

@@ -1,4 +1,4 @@
-"""What can be asked for: the command line of train.py, and the one line that answers what cannot be done."""
+"""The command line of train.py, and one line for whoever asks what cannot be done."""
 
 import argparse
 import functools
@@ -15,7 +15,7 @@ import processes
 from decompose import Tiling
 from image_folder import DataError
 
-LARGE = 2**20  # of anything that can be asked for: with more, PyTorch overflows
+LARGE = 2**20  # the most that an option may be: with more, PyTorch overflows
 SMALL = 256  # pixels; a CPU takes three times as long for an image in tiles of 32x32
 
 class Parser(argparse.ArgumentParser):
@@ -79,7 +79,7 @@ def make_parser(description: str) -> Parser:
     option("--augment", action=argparse.BooleanOptionalAction, default=True, help="flip images from a folder at random, "
            "and turn square ones")
     option("--gpus", type=number(1, largest=LARGE), default=unset, help="GPUs to use (default: all there are)")
-    option("--grid", type=pair, default=unset, metavar="RxC", help="rows x columns of tiles (default: 2x2 for up to 4 "
+    option("--grid", type=pair, default=unset, metavar="RxQ", help="rows x columns of tiles (default: 2x2 for up to 4 "
            "GPUs, else one or two tiles for each, as square as can be)")
     option("--overlap", type=number(0), default=0, metavar="PX", help="pixels that a tile sees beyond its borders, "
            "a multiple of 2^depth")
@@ -144,7 +144,7 @@ def parse(arguments: list[str] | None, parser: Parser, **defaults) -> dict:
         parser.error("--crop is for --dataset folder or deepglobe; for synthetic take --image-size")
     if processes.CAN_RESTART and processes.REMEMBERS:
         parser.error("torchrun --max-restarts: set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in front of it, or a restart may "
-                     "meet addresses of before (PyTorch issue 135712)")
+                     "find stale addresses (PyTorch issue 135712)")
     if "out" not in config:
         if processes.CAN_RESTART:
             parser.error("torchrun --max-restarts: a run that is restarted needs to know its folder; give --out")
@@ -188,8 +188,8 @@ def cut(size: tuple[int, int], grid: tuple[int, int], cell: int, overlap: int) -
 
 
 def build_tiling(config: dict, size: tuple[int, int], grid: tuple[int, int] | None = None) -> Tiling:
-    """How an image of this size is cut: as `grid` says; else the size to learn from as --grid says, and every other
-    size into tiles no larger than those (larger images: or than 256x256, if those are small). ValueError: it cannot be."""
+    """How an image of this size is cut: as `grid` says, if it is given; the size to learn from as --grid says; any other
+    size into tiles no larger than those (a larger image: or than 256x256, if those are small). ValueError: it cannot be."""
     cell, overlap = 2 ** config["depth"], config["overlap"]
     if grid is None:
         grid = config["grid"]

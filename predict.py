@@ -1,6 +1,6 @@
 """Segment your own images with a trained network, however large they are.
 
-    python predict.py runs/NAME/best.pt IMAGE... [--out DIR] [--gpus N] [--grid RxC] [--masks DIR]
+    python predict.py runs/NAME/best.pt IMAGE... [--out DIR] [--gpus N] [--grid RxQ] [--masks DIR]
 
 Writes for each image the class of every pixel: NAME.png with a palette, so that it is readable by eye and by program, or
 for NAME.npy an array NAME.npy, written tile by tile; and NAME-overlay.png, the classes over the image, at most 2048 pixels
@@ -115,7 +115,7 @@ def main(arguments: list[str] | None = None):
     option("images", type=Path, nargs="+", metavar="IMAGE", help="PNG, JPEG or .npy")
     option("--out", type=Path, default=unset, help="folder to write to (default: a new one, predictions)")
     option("--gpus", type=number(1), default=unset, help="GPUs to use (default: all there are)")
-    option("--grid", type=pair, default=None, metavar="RxC", help="rows x columns of tiles (default: as many as keep "
+    option("--grid", type=pair, default=None, metavar="RxQ", help="rows x columns of tiles (default: as many as keep "
            "them no larger than in training, or than 256x256)")
     option("--masks", type=Path, default=None, metavar="DIR", help="folder of true masks, to score the predictions")
     asked = parser.parse_args(arguments)

@@ -62,7 +62,7 @@ class LinesAndCircles(Dataset):
 
         y, x, dy, dx = self.y - y0, self.x - x0, y1 - y0, x1 - x0
         length2 = dy * dy + dx * dx
-        along, across = dy * y + dx * x, dx * y - dy * x  # times the length of the line
+        along, across = dy * y + dx * x, dx * y - dy * x  # distances, each times the length of the line
         line = (2 * abs(across) <= self.line_width * np.sqrt(length2)) & (along >= 0) & (along <= length2)
         discs = (y**2 + x**2 <= self.radius**2) | ((self.y - y1) ** 2 + (self.x - x1) ** 2 <= self.radius**2)
 

@@ -39,7 +39,7 @@ from unet import Decoder, Encoder
 
 
 class Diverged(ArithmeticError):
-    """The loss is no number any more."""
+    """The loss is nan or infinite."""
 
 
 # What is built
@@ -110,8 +110,8 @@ def train_epoch(run: "Run", loader, devices: list, epoch: int) -> float:
     run.model.train()
     losses = []
     for step, (images, masks) in enumerate(loader, start=1):
-        if processes.rank() >= run.images - (step - 1) * run.config["batch_size"]:  # too few are left for all processes
-            masks = torch.full_like(masks, IGNORE)  # this one goes along, and its image does not count
+        if processes.rank() >= run.images - (step - 1) * run.config["batch_size"]:  # fewer images are left than processes
+            masks = torch.full_like(masks, IGNORE)  # this one takes part in the exchange, but its image does not count
         loss = batch_loss(run.parallel, images, masks, build_tiling(run.config, images.shape[-2:]), devices)
         run.optimizer.zero_grad()
         loss.backward()
@@ -163,7 +163,7 @@ def segment(model, images: Tensor, tiling: Tiling, devices: list, out: Tensor) -
 
     def finish(i, logits):
         waiting.append((i, logits.argmax(dim=1).byte()))
-        if len(waiting) > len(devices):  # to write is to wait for the device: first every one has something else to do
+        if len(waiting) > len(devices):  # writing waits for the device: first give each its next tile
             write(*waiting.popleft())
 
     run_tiles(model.eval(), images, tiling, devices, finish)
@@ -221,7 +221,7 @@ class Run:
 
 def train(config: dict, devices: list, out: Path, state: dict | None = None) -> dict:
     """Trains, writes the files of the run to the folder `out`, and returns what metrics.json holds.
-    state: what last.pt held, to go on from there. Diverged: the loss is no number any more."""
+    state: what last.pt held, to go on from there. Diverged: the loss is nan or infinite."""
     started, datasets = time.perf_counter(), build_datasets(config)
     run, batch, first = Run(config, len(datasets["train"]), devices[0]), config["batch_size"], processes.rank() == 0
     save, write_log = (checkpoints.save, checkpoints.write_log) if first else 2 * [lambda path, content: None]
@@ -337,7 +337,7 @@ def main(arguments: list[str] | None = None):
             parser.error(f"process {processes.rank()}: another one has ended, so this one stops; go on with --resume {out}")
         if not processes.is_out_of_memory(error):
             raise
-        import plan  # which is made of this file
+        import plan  # not above: it imports this file
         parser.error(f"out of memory; plan.py says that this would fit: {plan.what_fits(config, devices)}")
     print(f"\ntest IoU of the best epoch, in {metrics.get('seconds', 0):.0f} seconds:")
     for name, score in [*metrics["test"]["iou"].items(), ("mean", metrics["test"]["mean_iou"])]:

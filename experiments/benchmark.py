@@ -10,8 +10,8 @@ turns in one process, so that the ratios hold on a machine whose speed drifts; t
 after a step to warm up. Peak memory is what the allocator says on a GPU, and on a CPU the sum of all tensors alive
 (weights, gradients, Adam's two averages and the image included). Contestants that the memory does not hold are shown
 as such. Writes runs/benchmark/benchmark.csv and benchmark.png; the last line of the output is JSON.
-On Linux, put MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000 in front of the command: otherwise the C library
-returns large tensors to the system, and the plain U-Net spends half of its step on getting them back.
+On Linux the C library's ways with large tensors show in the times of large images, and in the memory of the process:
+"What it costs" in the README has the variables to put in front of the command.
 """
 
 import argparse
@@ -79,7 +79,7 @@ class Contestant:
 
 
 def enter(config: dict, device: torch.device) -> tuple[Contestant, float] | None:
-    """A contestant and its peak, or None if it does not fit. On a CPU that is calculated before: nobody survives it."""
+    """A contestant and its peak, or None if it does not fit: calculated before on a CPU, where to try is to be killed."""
     if device.type == "cpu" and plan.predict(config)[0]["cpu:1"] > 0.9 * plan.memory_of(device):
         return None
     try:
