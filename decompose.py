@@ -23,7 +23,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
@@ -89,7 +88,7 @@ class Tiling:
         for top, bottom, left, right in self.halos if overlap else self.boxes:
             tile = strip(top, bottom)[..., left:right]  # its gradient is as large as the strip, not as the image
             missing = 0, right - left - tile.shape[-1], 0, bottom - top - tile.shape[-2]
-            tiles.append(F.pad(tile, missing, value=fill) if any(missing) else tile)
+            tiles.append(nn.functional.pad(tile, missing, value=fill) if any(missing) else tile)
         return tiles
 
     def crop(self, i: int, tile: Tensor) -> Tensor:
@@ -133,14 +132,14 @@ class PerTile:
         self.rounded = {device: {name: weight.detach().to(torch.get_autocast_dtype(device.type))
                                  for name, weight in weights.items() if weight.dtype == torch.float32 and weight.ndim > 1}
                         for device, weights in self.weights.items() if torch.is_autocast_enabled(device.type)}
-        self.buffers = dict(module.named_buffers())
+        self.buffers = {device: {name: old.to(device) for name, old in module.named_buffers()} for device in self.weights}
         self.sums, self.counted = {}, set()  # on each device, of its tiles' new buffers; and the tiles in them
         self.turn = threading.Lock()
 
     def __call__(self, i: int, *inputs):
         """The module on tile i, whose inputs are on devices[i]."""
         device, training = self.devices[i], self.module.training  # training changes the buffers in place
-        buffers = {name: old.to(device, copy=training) for name, old in self.buffers.items()}
+        buffers = {name: old.clone() if training else old for name, old in self.buffers[device].items()}
         weights = self.weights[device]
         if rounded := self.rounded.get(device):
             weights = {name: Rounded.apply(weight, rounded.get(name, weight)) for name, weight in weights.items()}
@@ -156,9 +155,7 @@ class PerTile:
     @torch.no_grad()
     def update_buffers(self):
         """After training: running statistics = (1 - momentum) * old + momentum * mean over tiles."""
-        if not self.module.training:
-            return
-        for name, old in self.buffers.items():
+        for name, old in self.module.named_buffers() if self.counted else ():
             total, tiles = sum(sums[name].to(old.device) for sums in self.sums.values()), len(self.counted)
             old.copy_(total / tiles if total.is_floating_point() else total // tiles)  # a count is the same for all
 
@@ -174,8 +171,7 @@ class DecomposedUNet(nn.Module):
         without: the activations of all its tiles, from their encoding to their gradient;
         with: coarse maps, and the activations of one tile. A tile is encoded, and forgotten but for what it sends; later
         encoded and decoded, and forgotten but for what `finish` returns; the backward pass does both again.
-        Loss, gradients and running statistics are the same (with dropout: drawn anew, but the same in every run of a
-        tile). Where no gradient is asked for, nothing is ever remembered.
+        Loss, gradients and running statistics are the same, but for other dropout. Without gradients nothing is kept.
     ValueError: a communication network without channels, or channels without a network.
     """
 
@@ -203,7 +199,7 @@ class DecomposedUNet(nn.Module):
         run = (lambda function, i: function(i)) if remember else recomputed(devices)
 
         def encode(i):
-            return encoder(i, tiles[i].to(devices[i], non_blocking=True))
+            return encoder(i, sent(tiles[i], devices[i]))
 
         if remember:
             encode = functools.cache(encode)  # to send and to decode, the tile is encoded once and remembered
@@ -215,17 +211,23 @@ class DecomposedUNet(nn.Module):
         def decode(i):
             skips, coarse = encode(i)
             if self.comm_net is not None:
-                coarse = torch.cat([coarse[:, :-k], received[i].to(devices[i])], dim=1)
+                coarse = torch.cat([coarse[:, :-k], received[i]], dim=1)
             return finish(i, tiling.crop(i, decoder(i, skips, coarse)))
 
         everyone = range(len(tiling))
         if self.comm_net is not None:
             coarse_map = tiling.coarse.stitch([run(send, i) for i in everyone])
-            received = tiling.coarse.split(self.comm_net(coarse_map))
+            received = list(map(sent, tiling.coarse.split(self.comm_net(coarse_map)), devices))
         outputs = [run(decode, i) for i in everyone]
         encoder.update_buffers()
         decoder.update_buffers()
         return outputs
+
+
+def sent(tile: Tensor, device: torch.device) -> Tensor:
+    """A tile on its device. To copy from pinned memory to a GPU, nobody waits: the loop goes on to the next GPU."""
+    pin = device.type == "cuda" and tile.device.type == "cpu"
+    return (tile.contiguous().pin_memory() if pin else tile).to(device, non_blocking=True)
 
 
 def recomputed(devices: Sequence[torch.device]) -> Callable:
@@ -236,7 +238,6 @@ def recomputed(devices: Sequence[torch.device]) -> Callable:
     def run(function: Callable, i: int):
         gpu = devices[i].type == "cuda"
         generator = torch.cuda.default_generators[devices[i].index] if gpu else torch.default_generator
-
         def seeded(i):
             before = generator.get_state()
             generator.manual_seed(seeds[i])
@@ -244,7 +245,6 @@ def recomputed(devices: Sequence[torch.device]) -> Callable:
                 return function(i)
             finally:
                 generator.set_state(before)
-
         return checkpoint(seeded, i, use_reentrant=False, preserve_rng_state=False)
 
     return run

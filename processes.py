@@ -32,11 +32,9 @@ def together():
     """Inside, the processes that torchrun started know each other."""
     if dist.is_torchelastic_launched():
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
-    try:
-        yield
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    yield
+    if dist.is_initialized():  # not after an error: to wait for processes that wait for this one takes for ever
+        dist.destroy_process_group()
 
 
 def rank() -> int:

@@ -31,7 +31,7 @@ import processes
 from checkpoints import CheckpointError
 from comm_net import CommNet
 from data import build_datasets, collate, describe
-from decompose import DecomposedUNet, Tiling
+from decompose import DecomposedUNet, Tiling, sent
 from image_folder import DataError
 from metrics import IGNORE, confusion, dice_cross_entropy, loss_sums, near_seam, scores
 from options import build_tiling, check_folder, explain, make_parser, parse, show_progress
@@ -53,9 +53,10 @@ class Normalise:
 
     def __call__(self, encoder: Encoder, inputs: tuple[Tensor]) -> Tensor:
         tile, (mean, std) = inputs[0], self.on_device(inputs[0].device)
-        kind = next(encoder.parameters()).dtype
-        x = tile.to(kind, memory_format=torch.contiguous_format) / image_folder.scale(tile)
-        return (x - mean.to(kind)) / std.to(kind)
+        kind = next(encoder.parameters()).dtype  # with autocast bfloat16, in which 1001 - 1000 is 0
+        exact = torch.promote_types(kind, torch.float32)
+        x = tile.to(exact, memory_format=torch.contiguous_format) / image_folder.scale(tile)
+        return ((x - mean.to(exact)) / std.to(exact)).to(kind)
 
 
 def build_model(config: dict) -> DecomposedUNet:
@@ -99,7 +100,7 @@ def batch_loss(model, images: Tensor, masks: Tensor, tiling: Tiling, devices: li
     mask_tiles = tiling.split(masks, overlap=False, fill=IGNORE)
 
     def finish(i, logits):
-        return loss_sums(logits, mask_tiles[i].to(logits.device, non_blocking=True))
+        return loss_sums(logits, sent(mask_tiles[i], logits.device))
 
     sums = sum(sums.to(devices[0]) for sums in run_tiles(model, images, tiling, devices, finish))
     return dice_cross_entropy(processes.add(sums))
@@ -140,7 +141,7 @@ def evaluate(model, loader, config: dict, devices: list) -> dict:
         mask_tiles = tiling.split(masks, overlap=False, fill=IGNORE)
 
         def measure(i, logits):
-            mask = mask_tiles[i].to(logits.device, non_blocking=True)
+            mask = sent(mask_tiles[i], logits.device)
             near = near_seam(tiling, i, logits.device)
             show_progress(f"evaluating: batch {step} of {len(loader)}, tile {i + 1} of {len(tiling)}")
             return loss_sums(logits, mask), confusion(logits.argmax(dim=1), mask, near, classes)
@@ -163,7 +164,7 @@ def segment(model, images: Tensor, tiling: Tiling, devices: list, out: Tensor) -
 
     def finish(i, logits):
         waiting.append((i, logits.argmax(dim=1).byte()))
-        if len(waiting) > len(devices):  # writing waits for the device: first give each its next tile
+        if len(waiting) == len(devices):  # writing waits for the device that is the next to be given a tile
             write(*waiting.popleft())
 
     run_tiles(model.eval(), images, tiling, devices, finish)
@@ -225,8 +226,7 @@ def train(config: dict, devices: list, out: Path, state: dict | None = None) -> 
     started, datasets = time.perf_counter(), build_datasets(config)
     run, batch, first = Run(config, len(datasets["train"]), devices[0]), config["batch_size"], processes.rank() == 0
     save, write_log = (checkpoints.save, checkpoints.write_log) if first else 2 * [lambda path, content: None]
-    load = functools.partial(DataLoader, generator=run.order, collate_fn=collate,
-                             pin_memory=devices[0].type == "cuda" and batch > 1)
+    load = functools.partial(DataLoader, generator=run.order, collate_fn=collate)
     shuffled = BatchSampler(RandomSampler(datasets["train"], generator=run.order), batch, drop_last=False)
     loaders = {"train": load(datasets["train"], batch_sampler=processes.Shares(shuffled))}
     for split in ("val", "test"):  # images to evaluate may have several sizes

@@ -33,6 +33,7 @@ import processes
 import train
 from experiments import distributed
 
+torch.backends.cudnn.allow_tf32 = False  # float32 shall be float32 on a GPU too
 PLAIN = {"grid": (1, 1), "comm_channels": 0}
 CONTESTANTS = {"plain U-Net": PLAIN, "plain U-Net, bf16": PLAIN | {"amp": True}, "decomposed": {},
                "decomposed, bf16": {"amp": True}, "recompute": {"recompute": True},
@@ -59,10 +60,11 @@ class Contestant:
         self.optimizer.step()
 
     def seconds(self) -> float:
+        wait = torch.cuda.synchronize if self.device.type == "cuda" else lambda: None
+        wait()
         begun = time.perf_counter()
         self.step()
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
+        wait()
         return time.perf_counter() - begun
 
     def peak_mib(self) -> float:
@@ -173,7 +175,7 @@ def main(arguments: list[str] | None = None):
             parser.error(f"--sizes {size}: {error}")
     folder = Path("runs/benchmark-quick" if asked.quick else "runs/benchmark")
     folder.mkdir(parents=True, exist_ok=True)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
 
     rows = []
     for size in asked.sizes:

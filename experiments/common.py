@@ -15,6 +15,7 @@ import options
 import train
 from comm_net import CommNet
 
+torch.backends.cudnn.allow_tf32 = False  # by default a GPU rounds what its convolutions multiply to 10 bits
 HERE = Path(__file__).parent
 CPU_OR_GPUS = [torch.device("cuda", i) for i in range(torch.cuda.device_count())] or [torch.device("cpu")]
 QUICK = "--train-images 32 --epochs 1 --width 2 --comm-channels 4".split()  # options of a run that takes seconds

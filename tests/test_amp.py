@@ -7,6 +7,7 @@ import metrics
 import options
 import train
 from decompose import Tiling
+from unet import Encoder
 
 CPU = torch.device("cpu")
 CONFIG = {"channels": 1, "classes": "abc", "width": 8, "depth": 2, "dropout": 0.0, "comm_channels": 8,
@@ -71,3 +72,11 @@ def test_it_is_on_where_the_hardware_has_it_unless_asked_otherwise(monkeypatch, 
     for has in (False, True):
         monkeypatch.setattr(options, "has_bfloat16", lambda: has)
         assert (asked(), asked("--amp"), asked("--no-amp")) == (has, True, False)
+
+
+@pytest.mark.parametrize("precision", [torch.bfloat16, torch.float32, torch.float64])
+def test_images_of_a_narrow_range_are_normalised_before_they_are_rounded(precision):
+    encoder = Encoder(1, 2, 1).to(precision)
+    image = torch.tensor([[[[999, 1000], [1001, 1005]]]], dtype=torch.float32)
+    x = train.Normalise([1000.0], [5.0])(encoder, (image,))
+    torch.testing.assert_close(x, torch.tensor([[[[-0.2, 0], [0.2, 1]]]], dtype=precision))

@@ -47,7 +47,7 @@ def test_with_more_tiles_than_devices_only_the_order_of_additions_differs(grid):
         assert_same(one_step(grid, [CPU]), one_step(grid, [CPU, DEVICE]), tolerance=1e-14)
 
 
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs: CUDA_VISIBLE_DEVICES=0,1 python -m pytest tests/test_devices.py")
 @pytest.mark.parametrize("recompute", [False, True])
 def test_a_step_on_two_gpus_is_the_step_on_one(recompute):
     gpus = [torch.device("cuda", 0), torch.device("cuda", 1)]
@@ -102,3 +102,14 @@ def test_nothing_of_image_size_crosses_between_devices():
     sums, mean_and_std = Counter([(2 * L + 2,)]), Counter([(2, 1)])
     assert there == weights + buffers + coarse + coarse + tile + sums + mean_and_std
     assert back == weights + buffers + coarse + coarse + sums
+
+
+def test_weights_and_statistics_leave_home_before_it_computes_a_tile_and_all_parts_of_the_coarse_map_together():
+    """A copy from one GPU to another waits for what the first has to do: one in between, and they would take turns."""
+    with PretendDevice() as device:
+        *_, model = one_step((1, 4), [CPU, DEVICE])
+    there = [shape for source, _, shape, _ in device.moved if source == "cpu"]
+    image, mask, coarse = (B, 1, 64, 16), (B, 64, 16), (B, K, 64 >> DEPTH, 16 >> DEPTH)
+    assert [shape for shape in there if shape in (image, mask, coarse)][:6] == [image, image, coarse, coarse, mask, mask]
+    assert {tuple(x.shape) for x in model.encoder.state_dict().values()}.isdisjoint(
+        there[there.index(image):there.index(mask)])
