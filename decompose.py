@@ -211,7 +211,7 @@ class DecomposedUNet(nn.Module):
         def decode(i):
             skips, coarse = encode(i)
             if self.comm_net is not None:
-                coarse = torch.cat([coarse[:, :-k], received[i]], dim=1)
+                coarse = torch.cat([coarse[:, :-k], received[i] * 1], dim=1)  # * 1: or its gradient would be a view, too
             return finish(i, tiling.crop(i, decoder(i, skips, coarse)))
 
         everyone = range(len(tiling))
