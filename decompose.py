@@ -206,7 +206,7 @@ class DecomposedUNet(nn.Module):
 
         def send(i):
             _, coarse = encode(i)
-            return tiling.coarse.crop(i, coarse[:, -k:]).to(home, copy=True)  # a view would keep all channels alive
+            return tiling.coarse.crop(i, coarse[:, -k:]).clone()  # a view would keep all channels alive
 
         def decode(i):
             skips, coarse = encode(i)
@@ -216,7 +216,7 @@ class DecomposedUNet(nn.Module):
 
         everyone = range(len(tiling))
         if self.comm_net is not None:
-            coarse_map = tiling.coarse.stitch([run(send, i) for i in everyone])
+            coarse_map = tiling.coarse.stitch([part.to(home) for part in [run(send, i) for i in everyone]])
             received = list(map(sent, tiling.coarse.split(self.comm_net(coarse_map)), devices))
         outputs = [run(decode, i) for i in everyone]
         encoder.update_buffers()
