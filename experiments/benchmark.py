@@ -1,7 +1,7 @@
 """The bare training step against that of the plain U-Net: time and peak memory from 256x256 to 2048x2048 pixels.
 
     python -m experiments.benchmark                                       # 5 minutes on two CPU cores
-    python -m experiments.benchmark --sizes 8192 --grid 16x16 --only "recompute, bf16" --rounds 1    # 20 minutes
+    python -m experiments.benchmark --sizes 8192 --grid 16x16 --only "recompute, bf16" --rounds 1    # 10 minutes
     python -m experiments.benchmark --distributed                         # two processes against one: distributed.py
     python -m experiments.benchmark --quick                               # seconds
 
