@@ -143,15 +143,23 @@ def predict(config: dict) -> tuple[Counter, Counter]:
 
 
 def largest_image(config: dict, memory: float) -> int:
-    """Side of the largest square image whose training step stays below `memory` bytes on every GPU; 0 if none does.
-    Peak memory grows in a straight line with the number of pixels, so two sizes tell it."""
+    """Side of the largest square image of equal tiles whose training step stays below `memory` bytes on every GPU; 0 if
+    none does. Peak memory grows nearly in a straight line with the number of pixels, so two sizes tell where to begin."""
     tile = 2 * max(128, 2 ** config["depth"])  # of two cells at least: batch norm wants more than one
     sides = [pixels * math.lcm(*config["grid"]) for pixels in (tile, 2 * tile)]
-    peaks = [predict(config | {"image_size": (side, side)})[0] for side in sides]
-    small, large = (max(size for device, size in peak.items() if device != "cpu") for peak in peaks)
+
+    def peak(side: int) -> int:
+        found, _ = predict(config | {"image_size": (side, side)})
+        return max(size for device, size in found.items() if device != "cpu")
+
+    small, large = map(peak, sides)
     slope = (large - small) / (sides[1] ** 2 - sides[0] ** 2)
     pixels = sides[0] ** 2 + (memory - small) / slope
-    return int(math.sqrt(max(pixels, 0)))
+    step = 2 ** config["depth"] * math.lcm(*config["grid"])
+    side = int(math.sqrt(max(pixels, 0))) // step * step
+    while side and peak(side) > memory:
+        side -= step
+    return side
 
 
 def memory_of(device: torch.device) -> int:
@@ -211,7 +219,8 @@ def main(arguments: list[str] | None = None):
               f"exchanged with other GPUs {exchanged / 2**20:8,.1f} MiB, "
               f"received from the host {moved['cpu', device] / 2**20:8,.1f} MiB")
     if config["memory"]:
-        print(f"Largest square image on {config['gpus']} GPUs of {config['memory']:g} GiB:")
+        print(f"Largest square image on {config['gpus']} GPUs of {config['memory']:g} GiB, batch {config['batch_size']}, "
+              "{}x{} tiles:".format(*config["grid"]))
         plain = {"grid": (1, 1), "gpus": 1, "comm_channels": 0, "recompute": False, "overlap": 0}
         for name, changes in {"plain U-Net": plain, "decomposed": {"recompute": False},
                               "decomposed, --recompute": {"recompute": True}}.items():

@@ -127,7 +127,7 @@ def draw(rows: list[dict], path: Path):
                 axes.plot(row["size"] ** 2, 0.96, "x", color=style["color"], transform=axes.get_xaxis_transform())
         sizes = sorted({row["size"] for row in rows})
         axes.set_xticks([size**2 for size in sizes], [f"{size}x{size}" for size in sizes])
-        axes.set(xlabel="image (x: out of memory)", ylabel=label)
+        axes.set(xlabel="image (x: out of memory)" if None in [row[value] for row in rows] else "image", ylabel=label)
         axes.xaxis.set_minor_locator(NullLocator())
         axes.grid(alpha=0.3)
     if rows:
