@@ -143,8 +143,9 @@ def predict(config: dict) -> tuple[Counter, Counter]:
 
 
 def largest_image(config: dict, memory: float) -> int:
-    """Side of the largest square image of equal tiles whose training step stays below `memory` bytes on every GPU; 0 if
-    none does. Peak memory grows nearly in a straight line with the number of pixels, so two sizes tell where to begin."""
+    """Side of the largest square image, in equal tiles of two cells or more to a side, whose training step stays below
+    `memory` bytes on every GPU; 0 if none does. Peak memory grows nearly in a straight line with the number of pixels,
+    so two sizes tell where to begin."""
     tile = 2 * max(128, 2 ** config["depth"])  # of two cells at least: batch norm wants more than one
     sides = [pixels * math.lcm(*config["grid"]) for pixels in (tile, 2 * tile)]
 
@@ -157,9 +158,9 @@ def largest_image(config: dict, memory: float) -> int:
     pixels = sides[0] ** 2 + (memory - small) / slope
     step = 2 ** config["depth"] * math.lcm(*config["grid"])
     side = int(math.sqrt(max(pixels, 0))) // step * step
-    while side and peak(side) > memory:
+    while side > step and peak(side) > memory:
         side -= step
-    return side
+    return side if side > step else 0
 
 
 def memory_of(device: torch.device) -> int:

@@ -47,7 +47,8 @@ def test_with_more_tiles_than_devices_only_the_order_of_additions_differs(grid):
         assert_same(one_step(grid, [CPU]), one_step(grid, [CPU, DEVICE]), tolerance=1e-14)
 
 
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs: CUDA_VISIBLE_DEVICES=0,1 python -m pytest tests/test_devices.py")
+@pytest.mark.skipif(torch.cuda.device_count() < 2,
+                    reason="needs two GPUs: CUDA_VISIBLE_DEVICES=0,1 python -m pytest tests/test_devices.py")
 @pytest.mark.parametrize("recompute", [False, True])
 def test_a_step_on_two_gpus_is_the_step_on_one(recompute):
     gpus = [torch.device("cuda", 0), torch.device("cuda", 1)]
@@ -114,5 +115,6 @@ def test_no_copy_between_devices_stands_between_their_tiles():
         ("coarse map", "cpu"), ("coarse map", "cpu"), ("mask", "cpu"), ("mask", "cpu"),
         ("coarse map", "pretend:0"), ("coarse map", "pretend:0"), ("coarse map", "cpu"), ("coarse map", "cpu")]  # gradients
     there = [shape for source, _, shape, _ in device.moved if source == "cpu"]
-    image, mask = list(names)[:2]
-    assert {tuple(x.shape) for x in model.encoder.state_dict().values()}.isdisjoint(there[there.index(image):there.index(mask)])
+    image, mask, _ = names
+    between = there[there.index(image):there.index(mask)]
+    assert {tuple(x.shape) for x in model.encoder.state_dict().values()}.isdisjoint(between)

@@ -104,13 +104,15 @@ def test_the_largest_image_fits_and_a_larger_one_does_not():
         assert (plan.predict(config | {"image_size": (size, size)})[0]["cpu:1"] <= 64 * 2**20) == fits
 
 
-def test_the_largest_image_of_a_deep_network_is_asked_of_tiles_of_two_cells_or_more(monkeypatch):
-    def one_byte_a_pixel(config):
+def test_the_largest_image_fits_where_memory_is_no_straight_line_and_tiles_are_never_single_cells(monkeypatch):
+    def bent(config):
         tiling = build_tiling(config, config["image_size"])
         assert all(bottom - top > 1 and right - left > 1 for top, bottom, left, right in tiling.coarse.boxes)
-        return {"cpu:1": tiling.size[0] * tiling.size[1]}, {}
-    monkeypatch.setattr(plan, "predict", one_byte_a_pixel)
-    assert plan.largest_image(configuration("--depth 9 --grid 2x3 --image-size 2048"), 5000**2) == 512 * 6  # equal tiles of whole cells
+        return {"cpu:1": tiling.size[0] ** 2.1}, {}
+    monkeypatch.setattr(plan, "predict", bent)
+    config, step = configuration("--depth 9 --grid 2x3 --image-size 2048"), 512 * 6
+    assert plan.largest_image(config, (9.9 * step) ** 2.1) == 9 * step
+    assert plan.largest_image(config, (1.9 * step) ** 2.1) == 0
 
 
 def test_every_gpu_and_every_model_is_told(capsys):

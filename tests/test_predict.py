@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 
 import predict
 import train
+from decompose import Tiling
 from image_folder import ImageFolder, read_image
 from synthetic import LinesAndCircles
 
@@ -227,3 +228,15 @@ def test_2448_pixels_train_in_uneven_tiles_without_padding(tmp_path):
                + [str(tmp_path / "data"), "--out", str(tmp_path / "run")])
     _, config = train.load_model(tmp_path / "run/best.pt")
     assert train.build_tiling(config, (16, 2448)).boxes == [(0, 16, 0, 1232), (0, 16, 1232, 2448)]
+
+
+def test_a_tile_is_written_before_its_device_is_given_the_next(monkeypatch):
+    """Afterwards it would wait for both, while the other devices have nothing to do."""
+    order, devices = [], [torch.device("cpu"), torch.device("cpu", 0)]  # two names for one
+    model = train.build_model({"channels": 1, "classes": "ab", "width": 2, "depth": 1, "dropout": 0, "comm_channels": 0,
+                               "dilations": [1], "recompute": False, "mean": [0.0], "std": [1.0], "amp": False})
+    model.decoder.register_forward_hook(lambda *_: order.append("decoded"))
+    monkeypatch.setattr(train, "show_progress", lambda _: order.append("written"))
+    out = torch.empty(1, 8, 8, dtype=torch.uint8)
+    train.segment(model, torch.zeros(1, 1, 8, 8), Tiling((8, 8), (2, 2), 2), devices, out)
+    assert order == ["decoded", *3 * ["decoded", "written"], "written"]

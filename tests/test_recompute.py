@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 import plan
 import train
 from decompose import DecomposedUNet, Tiling
+from unet import UNet
 
 CPU = torch.device("cpu")
 CONFIG = {"channels": 1, "classes": "abc", "width": 4, "depth": 2, "dropout": 0.0, "comm_channels": 8,
@@ -76,3 +78,20 @@ def test_evaluation_is_the_same_and_remembers_as_little():
             logits.append(tiling.stitch(model(tiling.split(images), tiling, [CPU] * 4)))
         peaks.append(memory.peak["cpu"])
     assert torch.equal(*logits) and peaks[0] == peaks[1]
+
+
+def test_tiles_multiply_as_often_as_the_plain_unet_and_recompute_adds_one_forward_pass_where_nobody_communicates():
+    def multiplied(run) -> int:
+        with FlopCounterMode(display=False) as counter:
+            run()
+        return counter.get_total_flops()
+
+    def step(grid, **changes):
+        return one_step((64, 64), Tiling((64, 64), grid, 4), comm_channels=0, **changes)
+
+    plain = multiplied(lambda: step((1, 1)))
+    with torch.no_grad():
+        unet = UNet(1, 3, 4, 2)
+        forward = multiplied(lambda: unet(torch.zeros(2, 1, 64, 64)))
+    assert multiplied(lambda: step((2, 4))) == plain
+    assert multiplied(lambda: step((2, 4), recompute=True)) == plain + forward
