@@ -133,31 +133,43 @@ class PerTile:
                                  for name, weight in weights.items() if weight.dtype == torch.float32 and weight.ndim > 1}
                         for device, weights in self.weights.items() if torch.is_autocast_enabled(device.type)}
         self.buffers = {device: {name: old.to(device) for name, old in module.named_buffers()} for device in self.weights}
+        self.changing = buffers_that_change(module)
         self.sums, self.counted = {}, set()  # on each device, of its tiles' new buffers; and the tiles in them
         self.turn = threading.Lock()
 
     def __call__(self, i: int, *inputs):
         """The module on tile i, whose inputs are on devices[i]."""
-        device, training = self.devices[i], self.module.training  # training changes the buffers in place
-        buffers = {name: old.clone() if training else old for name, old in self.buffers[device].items()}
+        device = self.devices[i]
+        buffers = {name: old.clone() if name in self.changing else old for name, old in self.buffers[device].items()}
         weights = self.weights[device]
         if rounded := self.rounded.get(device):
             weights = {name: Rounded.apply(weight, rounded.get(name, weight)) for name, weight in weights.items()}
         with self.turn:  # backward has a thread for each GPU, and the call puts these weights into the one module
             outputs = functional_call(self.module, (weights, buffers), inputs)
-        if training and i not in self.counted:  # whoever recomputes runs a tile more than once
+        if self.changing and i not in self.counted:  # whoever recomputes runs a tile more than once
             self.counted.add(i)
-            sums = self.sums.setdefault(device, dict.fromkeys(buffers, 0))
-            for name, new in buffers.items():
-                sums[name] += new
+            sums = self.sums.setdefault(device, dict.fromkeys(self.changing, 0))
+            for name in self.changing:
+                sums[name] += buffers[name]
         return outputs
 
     @torch.no_grad()
     def update_buffers(self):
         """After training: running statistics = (1 - momentum) * old + momentum * mean over tiles."""
-        for name, old in self.module.named_buffers() if self.counted else ():
+        for name in self.changing:
+            old = self.module.get_buffer(name)
             total, tiles = sum(sums[name].to(old.device) for sums in self.sums.values()), len(self.counted)
             old.copy_(total / tiles if total.is_floating_point() else total // tiles)  # a count is the same for all
+
+
+def buffers_that_change(module: nn.Module) -> list[str]:
+    """The names of the buffers that running the module changes: those of its parts that are in training mode. Batch norm
+    that is frozen, which is to say in evaluation mode, only reads its running statistics."""
+    changing = []
+    for prefix, part in module.named_modules(remove_duplicate=True):
+        if part.training:
+            changing += [f"{prefix}.{name}" if prefix else name for name, _ in part.named_buffers(recurse=False)]
+    return changing
 
 
 class DecomposedUNet(nn.Module):

@@ -97,6 +97,9 @@ def make_parser(description: str) -> Parser:
     option("--epochs", type=number(0), default=4, help="passes over the training images; 0: only evaluate")
     option("--batch-size", type=number(1, largest=LARGE), default=16, help="images per step")
     option("--lr", type=number(0, float), default=0.015, help="peak of the one-cycle learning rate")
+    option("--freeze-batch-norm", type=number(0, float, 1), default=0.5, metavar="PART", help="part of the training steps "
+           "after which batch norm keeps its running statistics and uses them, as it will in evaluation; 1: never, as in "
+           "the paper")
     option("--recompute", action="store_true", help="forget every tile's activations and compute them again when they "
            "are needed: memory for one tile per GPU, whatever the image")
     option("--amp", action=argparse.BooleanOptionalAction, default=unset, help="compute in bfloat16, with weights, "

@@ -12,7 +12,9 @@ Read from top to bottom: what is built, how it is trained, the command (with opt
 """
 
 import collections
+import copy
 import functools
+import itertools
 import math
 import shlex
 import statistics
@@ -21,7 +23,7 @@ import time
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, Subset
 
 import checkpoints
@@ -106,11 +108,30 @@ def batch_loss(model, images: Tensor, masks: Tensor, tiling: Tiling, devices: li
     return dice_cross_entropy(processes.add(sums))
 
 
+def set_training(model: nn.Module, frozen: bool):
+    """Training mode. frozen: but batch norm stays in evaluation mode, so it keeps its running statistics and uses them.
+
+    By default it is frozen in the second half of the steps. Until then every tile is normalised by its own statistics, and
+    in evaluation by the running ones. Where a step sees few images the two differ, and a network that was only trained
+    with the first fails with the second. The idea: Wu, Johnson, "Rethinking 'Batch' in BatchNorm" (arXiv 2105.07576).
+    """
+    model.train()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.train(not frozen)
+
+
 def train_epoch(run: "Run", loader, devices: list, epoch: int) -> float:
     """One pass over the training images. Returns the mean loss. Diverged: a loss is nan or infinite."""
-    run.model.train()
+    steps_before = (epoch - 1) * run.steps
+    set_training(run.model, frozen=steps_before > run.freeze_after)
     losses = []
     for step, (images, masks) in enumerate(loader, start=1):
+        if steps_before + step - 1 == run.freeze_after:
+            processes.average(run.model.buffers())  # from now on they are the same in all processes
+            set_training(run.model, frozen=True)
+            show_progress("")
+            print(f"batch norm keeps its statistics after {run.freeze_after} of {run.config['epochs'] * run.steps} steps")
         if processes.rank() >= run.images - (step - 1) * run.config["batch_size"]:  # fewer images are left than processes
             masks = torch.full_like(masks, IGNORE)  # this one takes part in the exchange, but its image does not count
         loss = batch_loss(run.parallel, images, masks, build_tiling(run.config, images.shape[-2:]), devices)
@@ -125,7 +146,8 @@ def train_epoch(run: "Run", loader, devices: list, epoch: int) -> float:
                 if not math.isfinite(value):
                     raise Diverged(f"the loss became {value} at step {done} of epoch {epoch}")
         show_progress(f"step {step} of {len(loader)}")
-    processes.average(run.model.buffers())
+    if not run.is_frozen_after(epoch):
+        processes.average(run.model.buffers())
     return torch.stack(losses).mean().item()
 
 
@@ -149,6 +171,23 @@ def evaluate(model, loader, config: dict, devices: list) -> dict:
         for tile_sums, tile_counts in run_tiles(model, images, tiling, devices, measure):
             sums, counts = sums + tile_sums.to(devices[0]).double(), counts + tile_counts.to(devices[0])
     return {"loss": dice_cross_entropy(processes.add(sums)).item(), **scores(processes.add(counts), config["classes"])}
+
+
+@torch.no_grad()
+def as_trained_and_as_used(model, loader, config: dict, devices: list, frozen: bool) -> dict[str, float]:
+    """The loss of some training images (16, or a batch) in training mode, and in evaluation mode. They are to be alike: a
+    network is used in evaluation mode. Dropout is off in both. frozen: whether batch norm was, when it was last trained."""
+    model = copy.deepcopy(model)  # training mode changes the running statistics
+    losses = {"training_mode": [], "evaluation_mode": []}
+    for images, masks in itertools.islice(loader, -(-16 // config["batch_size"])):
+        for mode in losses:
+            set_training(model, frozen or mode == "evaluation_mode")
+            for module in model.modules():
+                if isinstance(module, nn.Dropout2d):
+                    module.eval()
+            loss = batch_loss(model, images, masks, build_tiling(config, images.shape[-2:]), devices)
+            losses[mode].append(loss.item())
+    return {mode: statistics.mean(values) for mode, values in losses.items()}
 
 
 @torch.no_grad()
@@ -196,6 +235,16 @@ class Run:
         self.schedule = torch.optim.lr_scheduler.OneCycleLR(
             self.optimizer, config["lr"], max(config["epochs"], 1) * self.steps, anneal_strategy="linear")
         self.order = torch.Generator().manual_seed(config["seed"])
+        self.freeze_after = max(round(config["freeze_batch_norm"] * config["epochs"] * self.steps), 1)  # steps
+
+    def is_frozen_after(self, epoch: int) -> bool:
+        """Whether batch norm is frozen at the end of an epoch."""
+        return epoch * self.steps > self.freeze_after
+
+    def best_epoch(self) -> int:
+        """The epoch whose weights best.pt holds; 0 before the first."""
+        scores = [row["val_mean_iou"] for row in self.rows]
+        return scores.index(self.best["mean_iou"]) + 1 if scores else 0
 
     def state(self) -> dict:
         return {"config": self.config, "rows": self.rows, "best": self.best, "model": self.model.state_dict(),
@@ -268,7 +317,9 @@ def train(config: dict, devices: list, out: Path, state: dict | None = None) -> 
     run.model.load_state_dict(processes.from_first(lambda: checkpoints.load(out / "best.pt")["model"]))
     metrics = {"config": config, "parameters": sum(weight.numel() for weight in run.model.parameters()),
                "seconds_per_step": statistics.median([row["train_seconds"] for row in run.rows] or [math.nan]) / run.steps,
-               "val": run.best, "test": evaluate(run.model, loaders["test"], config, devices)}
+               "val": run.best, "test": evaluate(run.model, loaders["test"], config, devices),
+               "loss_of_training_images": as_trained_and_as_used(
+                   run.model, loaders["train"], config, devices, run.is_frozen_after(run.best_epoch()))}
     if not first:
         return metrics
     if run.rows:
@@ -296,6 +347,7 @@ def prepare(arguments: list[str] | None, parser) -> tuple[dict, Path, dict | Non
         if not (out / "last.pt").is_file():
             raise CheckpointError(f"--resume {out}: holds no last.pt; name the folder of a run, runs/NAME")
         state, (_, config) = checkpoints.load(out / "last.pt", Run.PARTS), load_model(out / "last.pt")
+        config.setdefault("freeze_batch_norm", 1.0)  # a run that was begun before there was a choice
     if config["batch_size"] < processes.count():
         raise DataError(f"--batch-size {config['batch_size']}: {processes.count()} processes need at least as many")
     if state:
@@ -311,6 +363,16 @@ def prepare(arguments: list[str] | None, parser) -> tuple[dict, Path, dict | Non
         config |= describe(config, show_progress)
         out.mkdir(parents=True, exist_ok=True)
     return config, out, state
+
+
+def compare_modes(loss: dict[str, float], config: dict) -> str:
+    """A line that compares the loss of training images in the two modes, and names the remedy if it is much worse in use."""
+    trained, used = loss["training_mode"], loss["evaluation_mode"]
+    line = f"loss of training images: {trained:.4f} as trained, {used:.4f} in evaluation mode"
+    if used > 1.2 * trained + 0.02:
+        line += ("; they should be alike, but batch norm has not learned the statistics that it uses: take a smaller "
+                 f"--freeze-batch-norm than {config['freeze_batch_norm']:g}, more --epochs, or a larger --batch-size")
+    return line
 
 
 def main(arguments: list[str] | None = None):
@@ -342,6 +404,7 @@ def main(arguments: list[str] | None = None):
     print(f"\ntest IoU of the best epoch, in {metrics.get('seconds', 0):.0f} seconds:")
     for name, score in [*metrics["test"]["iou"].items(), ("mean", metrics["test"]["mean_iou"])]:
         print(f"  {name:12} {score:.4f}")
+    print(compare_modes(metrics["loss_of_training_images"], config))
     print(f"See {out}: {', '.join(sorted(path.name for path in out.iterdir()))}")
 
 

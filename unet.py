@@ -18,19 +18,25 @@ dropout and padded convolutions is that of Verburg, Heinlein, Cyr, "DDU-Net" (ar
 This file imports nothing but torch: copy it.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
 
 class DoubleConv(nn.Sequential):
-    """Twice: 3x3 convolution, batch norm, ReLU, dropout of whole channels. (B,in,h,w) -> (B,out,h,w)."""
+    """Twice: 3x3 convolution, batch norm, ReLU, dropout of whole channels. (B,in,h,w) -> (B,out,h,w).
 
-    def __init__(self, in_channels: int, out_channels: int, dropout: float = 0.1):
+    norm: makes the normalisation of a number of channels, if it is to be another than batch norm.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, dropout: float = 0.1,
+                 norm: Callable[[int], nn.Module] = nn.BatchNorm2d):
         layers = []
         for channels in (in_channels, out_channels):
             layers += [
                 nn.Conv2d(channels, out_channels, 3, padding=1, bias=False),  # the batch norm has the bias
-                nn.BatchNorm2d(out_channels),
+                norm(out_channels),
                 nn.ReLU(inplace=True),
                 nn.Dropout2d(dropout),
             ]

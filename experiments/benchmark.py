@@ -36,8 +36,11 @@ from experiments import distributed
 torch.backends.cudnn.allow_tf32 = False  # float32 shall be float32 on a GPU too
 PLAIN = {"grid": (1, 1), "comm_channels": 0}
 CONTESTANTS = {"plain U-Net": PLAIN, "plain U-Net, bf16": PLAIN | {"amp": True}, "decomposed": {},
-               "decomposed, bf16": {"amp": True}, "recompute": {"recompute": True},
-               "recompute, bf16": {"recompute": True, "amp": True}}
+               "decomposed, bf16": {"amp": True}, "decomposed, frozen": {"frozen": True},
+               "recompute": {"recompute": True}, "recompute, bf16": {"recompute": True, "amp": True},
+               "recompute, frozen": {"recompute": True, "frozen": True}}  # frozen: batch norm keeps its statistics
+COLORS = {"plain U-Net": "C0", "decomposed": "C1", "recompute": "C2"}
+LINES = {"": "-", "bf16": "--", "frozen": ":"}
 FIRST = "plain U-Net"  # whose time and memory are 1
 
 
@@ -48,6 +51,7 @@ class Contestant:
         self.before = torch.cuda.memory_allocated() if device.type == "cuda" else 0
         torch.manual_seed(0)
         self.model = train.build_model(config).to(device)
+        train.set_training(self.model, config["frozen"])
         self.optimizer = torch.optim.Adam(self.model.parameters(), fused=True)
         self.tiling, self.device = options.build_tiling(config, config["image_size"]), device
         self.image = torch.rand(1, config["channels"], *config["image_size"])
@@ -116,10 +120,11 @@ def draw(rows: list[dict], path: Path):
     """Time and memory against pixels; a cross at the upper edge where a contestant ran out of memory."""
     figure, panels = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     for axes, value, label in zip(panels, ("seconds", "peak_mib"), ("seconds per training step", "peak memory, MiB")):
-        for i, name in enumerate(CONTESTANTS):
+        for name in CONTESTANTS:
             mine = [row for row in rows if row["model"] == name]
             fits, full = ([row for row in mine if (row[value] is not None) == known] for known in (True, False))
-            style = {"color": f"C{i // 2}", "linestyle": "--" if "bf16" in name else "-"}
+            network, _, variant = name.partition(", ")
+            style = {"color": COLORS[network], "linestyle": LINES[variant]}
             if mine:
                 axes.loglog([row["size"] ** 2 for row in fits], [row[value] for row in fits], marker="o", label=name,
                             **style)
@@ -166,7 +171,7 @@ def main(arguments: list[str] | None = None):
     names = [name for name in CONTESTANTS if asked.only in name]
     config = {"width": asked.width, "depth": asked.depth, "channels": asked.channels, "classes": range(asked.classes),
               "dropout": 0.1, "comm_channels": asked.comm_channels, "dilations": [1, 1, 1], "recompute": False, "amp": False,
-              "mean": [0.0] * asked.channels, "std": [1.0] * asked.channels, "grid": asked.grid, "overlap": 0,
+              "frozen": False, "mean": [0.0] * asked.channels, "std": [1.0] * asked.channels, "grid": asked.grid, "overlap": 0,
               "batch_size": 1, "gpus": 0}
     for size in asked.sizes:
         try:

@@ -107,7 +107,7 @@ def test_with_an_overlap_as_wide_as_its_field_of_view_every_grid_is_the_unet(gri
     unet(torch.randn(2, 1, 32, 32, dtype=torch.double))  # running statistics that matter
     unet.eval()
     image = torch.randn(2, 1, *size, dtype=torch.double)
-    tiling = Tiling(size, grid, 4, overlap=24)  # the U-Net sees 20 pixels to every side at depth 2
+    tiling = Tiling(size, grid, 4, overlap=24)  # the U-Net sees 22 pixels beyond a tile at depth 2
     torch.testing.assert_close(run(decomposed(unet).eval(), image, tiling), unet(image), rtol=0, atol=1e-10)
     narrow = Tiling(size, grid, 4, overlap=4)
     assert (run(decomposed(unet).eval(), image, narrow) - unet(image)).abs().max() > 1e-6

@@ -8,7 +8,7 @@ import torch
 import plan
 import train
 from comm_net import CommNet
-from experiments import benchmark, comm_channels, control, deepglobe, generalise, idea, memory, qualitative, reach
+from experiments import benchmark, comm_channels, control, deepglobe, generalise, idea, memory, norm, qualitative, reach
 from experiments.common import read
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
@@ -60,7 +60,8 @@ def test_a_size_that_cannot_be_cut_is_named(capsys):
 @pytest.mark.parametrize("script, rows, score, told", [
     (reach, 60, "line_iou", "plain U-Net, depth 5"), (comm_channels, 3, "line", "| 2 | 8 | "),
     (control, 3, "line", "same network, no exchange"), (generalise, 13, "line", "| 256x256 | 8x8 | any two tiles |"),
-    (deepglobe, 9, "mean_iou", "| 0.6680 |"), (memory, 14, "peak_mib", "| 128x128 |")])
+    (deepglobe, 9, "mean_iou", "| 0.6680 |"), (memory, 14, "peak_mib", "| 128x128 |"),
+    (norm, 12, "score", "| areas | 2 | plain U-Net, whole image |")])
 def test_a_quick_run_leaves_results_a_table_and_a_picture_and_makes_nothing_twice(script, rows, score, told, tmp_path,
                                                                                    monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -77,7 +78,7 @@ def test_a_quick_run_leaves_results_a_table_and_a_picture_and_makes_nothing_twic
     assert path.with_suffix(".csv").read_text() == made
 
 
-@pytest.mark.parametrize("script", [comm_channels, control, generalise, deepglobe, memory, reach])
+@pytest.mark.parametrize("script", [comm_channels, control, generalise, deepglobe, memory, norm, reach])
 def test_a_picture_can_be_drawn_before_there_are_results(script, tmp_path):
     script.draw(tmp_path / "empty.png", [])
     assert (tmp_path / "empty.png").exists()

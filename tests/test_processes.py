@@ -26,7 +26,7 @@ CPU = [torch.device("cpu")]
 IMAGES, BATCH = 7, 5  # the last batch has 2 images: too few for three processes
 CONFIG = {"channels": 1, "classes": LinesAndCircles.classes, "width": 2, "depth": 2, "dropout": 0.0, "comm_channels": 4,
           "dilations": [1, 2], "recompute": False, "mean": [0.5], "std": [2.0], "amp": False, "seed": 0, "lr": 0.01,
-          "epochs": 1, "batch_size": BATCH, "image_size": (32, 64), "grid": (2, 2), "overlap": 0}
+          "freeze_batch_norm": 1.0, "epochs": 1, "batch_size": BATCH, "image_size": (32, 64), "grid": (2, 2), "overlap": 0}
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
 
@@ -54,6 +54,15 @@ def one_of_many(rank: int, count: int, folder: str, config: dict):
     dist.destroy_process_group()
 
 
+def average(models: list):
+    """The running statistics of all become their mean."""
+    for name, _ in models[0].named_buffers():
+        buffers = [model.get_buffer(name) for model in models]
+        mean = torch.stack(buffers).double().mean(dim=0)
+        for buffer in buffers:
+            buffer.copy_(mean)
+
+
 def many_by_hand(count: int, config: dict):
     """The same in one process: the same weights, and for every process its own running statistics."""
     data, batches, run = start(config)
@@ -61,7 +70,11 @@ def many_by_hand(count: int, config: dict):
     models = [copy.deepcopy(run.model, dict(shared)).train() for _ in range(count)]
     tiling = train.build_tiling(config, (32, 64))
     losses = []
-    for batch in batches:
+    for step, batch in enumerate(batches):
+        if step == config["freeze_batch_norm"] * len(batches):
+            average(models)
+            for model in models:
+                train.set_training(model, frozen=True)
         sums = 0
         for rank, model in enumerate(models):
             images, masks = map(torch.stack, zip(*(data[i] for i in batch[rank::count] or batch[:1])))
@@ -77,15 +90,15 @@ def many_by_hand(count: int, config: dict):
         run.optimizer.step()
         run.schedule.step()
         losses.append(loss.item())
-    for name, buffer in run.model.named_buffers():
-        mean = torch.stack([model.get_buffer(name).double() for model in models]).mean(dim=0)
-        buffer.copy_(mean)
+    average(models)
+    run.model.load_state_dict(models[0].state_dict())
     measured = train.evaluate(run.model, DataLoader(data), config, CPU)
     return [sum(losses) / len(losses), measured, [w.grad for w in run.model.parameters()], run.model.state_dict()]
 
 
-def test_many_processes_learn_and_measure_what_one_does(tmp_path, monkeypatch, count=3):
-    config = CONFIG | {"recompute": True}
+@pytest.mark.parametrize("part", [1.0, 0.5])
+def test_many_processes_learn_and_measure_what_one_does(part, tmp_path, monkeypatch, count=3):
+    config = CONFIG | {"recompute": True, "freeze_batch_norm": part}
     torch.multiprocessing.spawn(one_of_many, (count, str(tmp_path), config), nprocs=count)
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
     try:

@@ -25,7 +25,8 @@ def test_a_run_leaves_its_files_and_they_say_the_same(tmp_path, capsys):
     metrics = run("--gpus", 4, "--out", out)
     assert sorted(path.name for path in out.iterdir()) == [
         "best.pt", "curves.png", "last.pt", "log.csv", "metrics.json", "predictions.png"]
-    assert set(metrics) == {"config", "parameters", "seconds", "seconds_per_step", "peak_mib", "val", "test"}
+    assert set(metrics) == {"config", "parameters", "seconds", "seconds_per_step", "peak_mib", "val", "test",
+                            "loss_of_training_images"}
     assert metrics["config"]["image_size"] == [64, 64] and metrics["config"]["grid"] == [2, 2]
     assert set(metrics["test"]["iou"]) == {"background", "line", "circle"}
     assert metrics["seconds"] > 0 and metrics["seconds_per_step"] > 0 and all(metrics["peak_mib"].values())

@@ -53,3 +53,27 @@ def test_every_weight_gets_a_gradient():
 def test_a_size_that_cannot_be_halved_is_named_with_its_fix():
     with pytest.raises(ValueError, match="20x16 at depth 3.*multiples of 8"):
         UNet(1, 2, 2, 3)(torch.zeros(1, 1, 20, 16))
+
+
+def test_another_normalisation_takes_the_place_of_batch_norm():
+    block = DoubleConv(2, 4, dropout=0.0, norm=lambda channels: torch.nn.GroupNorm(2, channels))
+    x = torch.randn(3, 2, 8, 8)
+    expected = x
+    for conv, _ in ((block[0], block[1]), (block[4], block[5])):
+        expected = torch.nn.functional.group_norm(conv(expected), 2).relu()
+    torch.testing.assert_close(block(x), expected)
+    assert not any(isinstance(layer, torch.nn.BatchNorm2d) for layer in block)
+
+
+@pytest.mark.parametrize("depth, pixels", [(1, 8), (2, 22), (3, 46), (4, 94)])
+def test_how_far_the_unet_sees_beyond_a_tile_is_at_most_six_cells(depth, pixels):
+    """By the gradient of a pixel at the border of a tile, of which the input pixels differ from zero that it depends on."""
+    cell, side = 2**depth, 16 * 2**depth
+    unet = UNet(1, 1, 1, depth, dropout=0).double().eval()
+    for weight in unet.parameters():
+        weight.data.abs_().add_(0.1)  # so that nothing cancels
+    image = torch.ones(1, 1, side, side, dtype=torch.double, requires_grad=True)
+    border = 8 * cell  # where a tile begins
+    unet(image)[0, 0, border, border].backward()
+    seen = image.grad[0, 0, border].nonzero().min().item()
+    assert border - seen == pixels and pixels <= 6 * cell
