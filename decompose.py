@@ -1,25 +1,26 @@
-"""One U-Net, one image, many devices: cut the image into tiles, run each on its device, let them communicate.
+"""One U-Net, one image, many devices: cut the image into tiles, run each tile on its device, let the tiles communicate.
 
-    image (B,C,H,W) --split--> tiles --encode--> skips + coarse maps         tile i is computed on devices[i]
-                                            | last K channels of each, moved home and stitched
-                                            v
-                                communication network on the global coarse map (B,K,H/2^D,W/2^D)
-                                            | split again, moved back: they replace those K channels
-                                            v
+    image (B,C,H,W) --split--> tiles --encode--> skips + coarse maps        tile i is computed on placement[i]
+                                           | the last K channels of each, moved to one device and stitched
+                                           v
+                               communication network on the global coarse map (B,K,H/2^D,W/2^D)
+                                           | split again and moved back: they replace those K channels
+                                           v
         mask  <--stitch-- logits <--decode-- skips + coarse maps
 
-Letters, here and in every file: B images in a batch, C channels, H W image, h w tile, R x Q grid (rows x columns)
-with tiles row-major in a list, K communicated channels, D depth, L classes. A cell is one pixel of a coarse map,
-2^D x 2^D pixels of the image. Home is devices[0]: it holds the weights and runs the communication network.
+Letters, here and in every file: B images in a batch, C channels, H W image, h w tile, R x Q grid (rows x columns, tiles
+always row-major in a list), K communicated channels, D depth, L classes. A cell is one pixel of a coarse map, which is
+2^D x 2^D pixels of the image.
 
-Source: Verburg, Heinlein, Cyr, "DDU-Net" (arXiv 2407.21266). Two departures: one set of weights instead of a replica
-per device, and running statistics of batch norm that are the mean over all tiles.
+Source: Verburg, Heinlein, Cyr, "DDU-Net" (arXiv 2407.21266). There are two departures from it: one set of weights
+instead of a replica on every device, and running statistics of batch norm that are the mean over all tiles.
 This file imports nothing but torch: copy it.
 """
 
 import functools
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -27,15 +28,21 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
+Box = tuple[int, int, int, int]  # top, bottom, left, right, in pixels
+
 
 @dataclass(frozen=True)
 class Tiling:
-    """How an image of size (H, W) is cut into a grid of (R, Q) tiles, with borders on whole cells.
+    """How an image is cut into tiles.
 
-    The tiles are as equal as whole cells allow: 2448 pixels in cells of 16 are 153 cells, so two tiles are 1232 and
-    1216 wide. An image that ends inside a cell is padded there, at the bottom and right; `stitch` crops it again.
-    With an overlap, `split` hands every tile that many pixels more on each side, as far as the image goes.
-    ValueError: no tiles, or more than there are cells; an overlap that is not a whole number of cells.
+    size: (H, W) of the image, in pixels.
+    grid: (R, Q), rows and columns of tiles.
+    cell: the borders between tiles lie on multiples of this many pixels, 2^D for a U-Net of depth D.
+    overlap: how many pixels of its neighbours a tile also sees, on each side, as far as the image goes.
+
+    The tiles are as equal as whole cells allow: 2448 pixels in cells of 16 are 153 cells, so two tiles are 1232 and 1216
+    wide. If the image ends inside a cell, `split` pads it at the bottom and right, and `stitch` crops it again.
+    ValueError: there are no tiles, or more than cells; or the overlap is not a whole number of cells.
     """
 
     size: tuple[int, int]
@@ -48,215 +55,330 @@ class Tiling:
             if not 1 <= tiles <= cells:
                 raise ValueError(f"{tiles} {name} of tiles: an image of {self.size[0]}x{self.size[1]} pixels in cells "
                                  f"of {self.cell}x{self.cell} can have 1 to {cells}")
-        if self.overlap < 0 or self.overlap % self.cell:
+        if self.overlap < 0 or self.overlap % self.cell != 0:
             raise ValueError(f"an overlap of {self.overlap} pixels: it must be a multiple of the cell, {self.cell}")
 
     def __len__(self) -> int:
+        """The number of tiles."""
         return self.grid[0] * self.grid[1]
 
     @functools.cached_property
     def coarse_size(self) -> tuple[int, int]:
-        """Rows and columns of cells, the last ones perhaps padded."""
-        return -(-self.size[0] // self.cell), -(-self.size[1] // self.cell)
+        """Rows and columns of cells. The last ones may be padded."""
+        height, width = self.size
+        return -(-height // self.cell), -(-width // self.cell)
 
     @functools.cached_property
     def coarse(self) -> "Tiling":
-        """The same tiling of the coarse map: one pixel for every cell."""
+        """The same tiling of the coarse map, which has one pixel for every cell."""
         return Tiling(self.coarse_size, self.grid, overlap=self.overlap // self.cell)
 
-    @functools.cached_property
-    def boxes(self) -> list[tuple]:
-        """(top, bottom, left, right) of the tiles, row-major, without overlap. They cover the (padded) image once."""
-        rows, columns = ([self.cell * (i * (cells // tiles) + min(i, cells % tiles)) for i in range(tiles + 1)]
-                         for cells, tiles in zip(self.coarse_size, self.grid))
-        return [(top, bottom, left, right)
-                for top, bottom in zip(rows, rows[1:]) for left, right in zip(columns, columns[1:])]
+    def spans(self, axis: int, overlap: int) -> list[tuple[int, int]]:
+        """Where each row of tiles (axis 0) or column of tiles (axis 1) begins and ends, in pixels."""
+        cells = self.coarse_size[axis]
+        tiles = self.grid[axis]
+        spans = []
+        start = 0
+        for i in range(tiles):
+            stop = start + cells // tiles
+            if i < cells % tiles:  # the first tiles take the cells that are left over
+                stop += 1
+            first = max(start * self.cell - overlap, 0)
+            last = min(stop * self.cell + overlap, cells * self.cell)
+            spans.append((first, last))
+            start = stop
+        return spans
+
+    def make_boxes(self, overlap: int) -> list[Box]:
+        boxes = []
+        for top, bottom in self.spans(0, overlap):
+            for left, right in self.spans(1, overlap):
+                boxes.append((top, bottom, left, right))
+        return boxes
 
     @functools.cached_property
-    def halos(self) -> list[tuple]:
-        """(top, bottom, left, right) of the tiles, row-major, with overlap."""
-        height, width = (cells * self.cell for cells in self.coarse_size)
-        return [(max(top - self.overlap, 0), min(bottom + self.overlap, height),
-                 max(left - self.overlap, 0), min(right + self.overlap, width))
-                for top, bottom, left, right in self.boxes]
+    def boxes(self) -> list[Box]:
+        """The box of each tile, row-major, without overlap. Together they cover the (padded) image once."""
+        return self.make_boxes(0)
+
+    @functools.cached_property
+    def halos(self) -> list[Box]:
+        """The box of each tile with its overlap."""
+        return self.make_boxes(self.overlap)
 
     def split(self, x: Tensor, overlap: bool = True, fill: float = 0) -> list[Tensor]:
-        """(...,H,W) -> tiles (...,h,w), row-major: views of x, except where padded with `fill`. ValueError: not (H,W)."""
+        """(...,H,W) -> tiles (...,h,w), row-major. They are views of x, except where they are padded with `fill`.
+
+        overlap: whether the tiles are to have theirs. ValueError: x is not of size (H,W).
+        """
         if x.shape[-2:] != tuple(self.size):
             raise ValueError(f"{tuple(x.shape)}, but the tiling is made for {self.size[0]} rows, {self.size[1]} columns")
-        tiles, strip = [], functools.cache(lambda top, bottom: x[..., top:bottom, :])
-        for top, bottom, left, right in self.halos if overlap else self.boxes:
-            tile = strip(top, bottom)[..., left:right]  # its gradient is as large as the strip, not as the image
-            missing = 0, right - left - tile.shape[-1], 0, bottom - top - tile.shape[-2]
-            tiles.append(nn.functional.pad(tile, missing, value=fill) if any(missing) else tile)
+        pixels = self.overlap if overlap else 0
+        tiles = []
+        for top, bottom in self.spans(0, pixels):
+            strip = x[..., top:bottom, :]  # cut in two steps: the gradient of a cut is as large as what it was cut from
+            for left, right in self.spans(1, pixels):
+                tile = strip[..., left:right]
+                missing_rows = bottom - top - tile.shape[-2]
+                missing_columns = right - left - tile.shape[-1]
+                if missing_rows or missing_columns:
+                    tile = nn.functional.pad(tile, (0, missing_columns, 0, missing_rows), value=fill)
+                tiles.append(tile)
         return tiles
 
     def crop(self, i: int, tile: Tensor) -> Tensor:
-        """Tile i without its overlap."""
-        (top, bottom, left, right), (halo_top, _, halo_left, _) = self.boxes[i], self.halos[i]
+        """Tile i with its overlap (...,h,w) -> the same tile without its overlap."""
+        top, bottom, left, right = self.boxes[i]
+        halo_top, _, halo_left, _ = self.halos[i]
         return tile[..., top - halo_top:bottom - halo_top, left - halo_left:right - halo_left]
 
-    def stitch(self, tiles: Sequence[Tensor]) -> Tensor:
-        """Tiles (...,h,w) without overlap, row-major and on one device -> (...,H,W)."""
-        columns = self.grid[1]
-        rows = [torch.cat(list(tiles[i:i + columns]), dim=-1) for i in range(0, len(self), columns)]
-        return torch.cat(rows, dim=-2)[..., :self.size[0], :self.size[1]]
+    def stitch(self, tiles: Sequence[Tensor], device: torch.device | None = None) -> Tensor:
+        """Tiles (...,h,w) without overlap, row-major, on any devices -> (...,H,W) on `device`, or else on the first tile's."""
+        if device is None:
+            device = tiles[0].device
+        moved = []
+        for tile in tiles:
+            moved.append(tile.to(device))
+        strips = []
+        for start in range(0, len(self), self.grid[1]):
+            strips.append(torch.cat(moved[start:start + self.grid[1]], dim=-1))
+        height, width = self.size
+        return torch.cat(strips, dim=-2)[..., :height, :width]
 
 
-class Rounded(torch.autograd.Function):
-    """A weight for one of many tiles, rounded once for all of them to what autocast computes in. Their gradients add up
-    in the weight's own precision: autocast would add them in bfloat16, which rounds away those of the last of many."""
-
-    @staticmethod
-    def forward(ctx, weight: Tensor, rounded: Tensor) -> Tensor:
-        ctx.precision = weight.dtype
-        return rounded.view_as(rounded)
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor):
-        return gradient.to(ctx.precision), None
+def keep_tile(tile: Tensor) -> Tensor:
+    return tile
 
 
-class PerTile:
-    """A module that is run on many tiles: one copy of its weights per device, one copy of its buffers per tile.
+def keep_logits(i: int, logits: Tensor) -> Tensor:
+    return logits
 
-    The copies of the weights are part of the graph, so autograd adds up the gradients of all devices by itself.
-    Every tile is normalised by its own statistics and starts from the same old running statistics: neither the
-    number of devices nor the order of the tiles changes what comes out, but for rounding.
+
+class DecomposedUNet(nn.Module):
+    """An encoder and a decoder that are run on the tiles of an image, and a communication network between the two.
+
+    encoder: tile (B,C,h,w) -> (skips, coarse map). Only the decoder needs to understand the skips.
+    decoder: (skips, coarse map) -> logits (B,L,h,w). Neither of the two may use checkpoints or autocast inside.
+    comm_net: (B,K,H/2^D,W/2^D) -> the same shape. Without one (None, K = 0) the tiles know nothing of each other.
+    comm_channels: K, at most the channels of the coarse map.
+    ValueError: a communication network without channels, or channels without a network.
     """
 
-    def __init__(self, module: nn.Module, devices: Sequence[torch.device]):
-        self.module, self.devices = module, devices
-        self.weights = {device: {name: weight.to(device) for name, weight in module.named_parameters()}
-                        for device in dict.fromkeys(devices)}
-        self.rounded = {device: {name: weight.detach().to(torch.get_autocast_dtype(device.type))
-                                 for name, weight in weights.items() if weight.dtype == torch.float32 and weight.ndim > 1}
-                        for device, weights in self.weights.items() if torch.is_autocast_enabled(device.type)}
-        self.buffers = {device: {name: old.to(device) for name, old in module.named_buffers()} for device in self.weights}
+    def __init__(self, encoder: nn.Module, decoder: nn.Module, comm_net: nn.Module | None = None, comm_channels: int = 0):
+        super().__init__()
+        if (comm_net is None) != (comm_channels == 0):
+            raise ValueError(f"{comm_channels} communicated channels, but the communication network is {comm_net}")
+        self.encoder = encoder
+        self.decoder = decoder
+        self.comm_net = comm_net
+        self.comm_channels = comm_channels
+
+    def forward(self, tiles: Sequence[Tensor], tiling: Tiling, placement: Sequence[torch.device],
+                finish: Callable = keep_logits, prepare: Callable = keep_tile, recompute: bool = False,
+                comm_device: torch.device | None = None) -> list:
+        """Tiles (B,C,h,w), as `tiling.split` made them -> for each tile what `finish` returned.
+
+        placement: the device of each tile. A tile is moved there, and all that belongs to it is computed there.
+        finish(i, logits): is called with the logits (B,L,h,w) of tile i, without overlap, on its device. What it returns
+            (these logits, or the tile's share of a loss) is all that comes back.
+        prepare(tile): is called with each tile on its device, before it is encoded.
+        recompute: trade time for memory. Without it, the activations of all tiles are kept until the backward pass. With
+            it, each tile is forgotten and computed again when it is needed, so a device holds the activations of one
+            tile at a time. Loss, gradients and running statistics are the same, but for the channels of dropout.
+        comm_device: where the communication network is computed; None: on the device of the first tile.
+        ValueError: there is not one tile and one device for each tile of the tiling.
+        """
+        if not len(tiles) == len(placement) == len(tiling):
+            raise ValueError(f"{len(tiles)} tiles and {len(placement)} devices, but the tiling has {len(tiling)} tiles")
+        if comm_device is None:
+            comm_device = placement[0]
+        encoder = SharedModule(self.encoder, placement)
+        decoder = SharedModule(self.decoder, placement)
+        comm_net = SharedModule(self.comm_net, [comm_device]) if self.comm_net is not None else None
+
+        run = self.recomputed if recompute else self.remembered
+        outputs = run(encoder, decoder, comm_net, tiles, tiling, placement, finish, prepare)
+
+        encoder.update_buffers()
+        decoder.update_buffers()
+        if comm_net is not None:
+            comm_net.update_buffers()
+        return outputs
+
+    def remembered(self, encoder, decoder, comm_net, tiles, tiling, placement, finish, prepare) -> list:
+        """The forward pass as the picture at the top shows it. PyTorch keeps what the backward pass needs."""
+        skips = []
+        coarse_maps = []
+        for i, tile in enumerate(tiles):
+            tile = prepare(to_device(tile, placement[i]))
+            tile_skips, coarse = encoder(i, tile)
+            skips.append(tile_skips)
+            coarse_maps.append(coarse)
+
+        sent = [self.to_send(i, coarse, tiling) for i, coarse in enumerate(coarse_maps)]
+        received = self.exchange(comm_net, sent, tiling, placement)
+
+        outputs = []
+        for i in range(len(tiles)):
+            coarse = self.replace(coarse_maps[i], received[i])
+            logits = decoder(i, skips[i], coarse)
+            outputs.append(finish(i, tiling.crop(i, logits)))
+        return outputs
+
+    def to_send(self, i: int, coarse: Tensor, tiling: Tiling) -> Tensor | None:
+        """The last K channels of the coarse map of tile i, without its overlap."""
+        if self.comm_net is None:
+            return None
+        channels = coarse[:, -self.comm_channels:]
+        return tiling.coarse.crop(i, channels).clone()  # a copy: a view would keep all channels in memory
+
+    def exchange(self, comm_net: "SharedModule", sent: list[Tensor], tiling: Tiling, placement) -> list:
+        """What each tile sends (B,K,h/2^D,w/2^D) -> what it receives (with overlap), on its own device."""
+        if comm_net is None:
+            return [None] * len(sent)
+        coarse_map = tiling.coarse.stitch(sent, device=comm_net.placement[0])
+        coarse_map = comm_net(0, coarse_map)
+        received = tiling.coarse.split(coarse_map)
+        return [to_device(part, device) for part, device in zip(received, placement)]
+
+    def replace(self, coarse: Tensor, received: Tensor | None) -> Tensor:
+        """The coarse map of a tile, its last K channels replaced by what it received."""
+        if received is None:
+            return coarse
+        coarse = coarse.clone()
+        coarse[:, -self.comm_channels:] = received
+        return coarse
+
+    # The lesson could end here. What follows makes it small in memory, and exact on many devices.
+
+    def recomputed(self, encoder, decoder, comm_net, tiles, tiling, placement, finish, prepare) -> list:
+        """The same in two passes, each of which forgets a tile before it goes on to the next.
+
+        The first pass encodes each tile and keeps only what the tile sends. The second pass encodes it again, decodes it,
+        and keeps only what `finish` returns. The backward pass calls both functions again, one tile after the other.
+        """
+        seeds = draw_seeds(len(tiles))
+
+        def encode_to_send(i):
+            with random_numbers_of(seeds[i], placement[i]):
+                _, coarse = encoder(i, prepare(to_device(tiles[i], placement[i])))
+                return self.to_send(i, coarse, tiling)
+
+        def encode_and_decode(i, received):
+            with random_numbers_of(seeds[i], placement[i]):
+                skips, coarse = encoder(i, prepare(to_device(tiles[i], placement[i])))
+                logits = decoder(i, skips, self.replace(coarse, received))
+                return finish(i, tiling.crop(i, logits))
+
+        sent = []
+        if comm_net is not None:
+            for i in range(len(tiles)):
+                sent.append(forget(encode_to_send, i))
+            received = self.exchange(comm_net, sent, tiling, placement)
+        else:
+            received = [None] * len(tiles)
+        outputs = []
+        for i in range(len(tiles)):
+            outputs.append(forget(encode_and_decode, i, received[i]))
+        return outputs
+
+
+def forget(function: Callable, *inputs):
+    """What function(*inputs) returns. All else that it computes is forgotten; the backward pass calls it again."""
+    return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
+
+
+def draw_seeds(number: int) -> list[int]:
+    """Seeds for the dropout of so many tiles."""
+    return torch.randint(2**62, (number,)).tolist()
+
+
+@contextmanager
+def random_numbers_of(seed: int, device: torch.device):
+    """Inside, dropout on the device draws the numbers that belong to a seed, so that a tile loses the same channels
+    however often it is computed. Outside, the random numbers go on as if nothing had been drawn."""
+    generator = torch.default_generator
+    if device.type == "cuda":
+        index = torch.cuda.current_device() if device.index is None else device.index
+        generator = torch.cuda.default_generators[index]
+    state = generator.get_state()
+    generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        generator.set_state(state)
+
+
+def to_device(tile: Tensor, device: torch.device) -> Tensor:
+    """A tile on its device. Copies from the CPU to a GPU go through pinned memory, so that the loop need not wait for one
+    GPU before it gives work to the next."""
+    if device.type == "cuda" and tile.device.type == "cpu":
+        tile = tile.contiguous().pin_memory()
+    return tile.to(device, non_blocking=True)
+
+
+class SharedModule:
+    """A module with one set of weights that is run on many tiles, each on its own device.
+
+    Weights: they are copied to each device once per step, as part of the graph. In the backward pass autograd carries
+    the gradients back through these copies and adds them up in the one set of weights. Nothing else has to be done.
+
+    Buffers (the running statistics of batch norm): every tile starts from the same old ones and changes a copy of its
+    own. `update_buffers` then takes the mean over all tiles. With momentum m (0.1 in PyTorch) a tile makes
+    (1 - m) * old + m * its own statistics, so the mean is (1 - m) * old + m * mean of the tiles' statistics.
+    So neither the number of devices nor the order of the tiles changes the result, but for rounding.
+
+    module: whose weights may lie on any device; placement: the device of each tile.
+    """
+
+    def __init__(self, module: nn.Module, placement: Sequence[torch.device]):
+        self.module = module
+        self.placement = placement
+        self.weights = {}
+        self.buffers = {}
+        for device in dict.fromkeys(placement):  # each device once, in order
+            self.weights[device] = {name: weight.to(device) for name, weight in module.named_parameters()}
+            self.buffers[device] = {name: buffer.to(device) for name, buffer in module.named_buffers()}
         self.changing = buffers_that_change(module)
-        self.sums, self.counted = {}, set()  # on each device, of its tiles' new buffers; and the tiles in them
-        self.turn = threading.Lock()
+        self.sums = {}  # for each device: the new buffers of its tiles, added up
+        self.counted = set()  # the tiles that are in these sums
+        self.lock = threading.Lock()
 
     def __call__(self, i: int, *inputs):
-        """The module on tile i, whose inputs are on devices[i]."""
-        device = self.devices[i]
-        buffers = {name: old.clone() if name in self.changing else old for name, old in self.buffers[device].items()}
-        weights = self.weights[device]
-        if rounded := self.rounded.get(device):
-            weights = {name: Rounded.apply(weight, rounded.get(name, weight)) for name, weight in weights.items()}
-        with self.turn:  # backward has a thread for each GPU, and the call puts these weights into the one module
-            outputs = functional_call(self.module, (weights, buffers), inputs)
-        if self.changing and i not in self.counted:  # whoever recomputes runs a tile more than once
+        """What the module makes of the inputs of tile i, which lie on placement[i]."""
+        device = self.placement[i]
+        buffers = dict(self.buffers[device])
+        for name in self.changing:
+            buffers[name] = buffers[name].clone()
+        # functional_call puts these weights into the module and takes them out again. In the backward pass with recompute,
+        # autograd runs the tiles of each GPU in a thread of its own, and without the lock they would mix up their weights.
+        with self.lock:
+            outputs = functional_call(self.module, (self.weights[device], buffers), inputs)
+        if i not in self.counted:  # with recompute, a tile comes here several times
             self.counted.add(i)
-            sums = self.sums.setdefault(device, dict.fromkeys(self.changing, 0))
+            sums = self.sums.setdefault(device, {})
             for name in self.changing:
-                sums[name] += buffers[name]
+                sums[name] = sums.get(name, 0) + buffers[name]
         return outputs
 
     @torch.no_grad()
     def update_buffers(self):
-        """After training: running statistics = (1 - momentum) * old + momentum * mean over tiles."""
+        """The buffers of the module become the mean over all tiles. To be called once, after the forward pass."""
         for name in self.changing:
-            old = self.module.get_buffer(name)
-            total, tiles = sum(sums[name].to(old.device) for sums in self.sums.values()), len(self.counted)
-            old.copy_(total / tiles if total.is_floating_point() else total // tiles)  # a count is the same for all
+            buffer = self.module.get_buffer(name)
+            total = sum(sums[name].to(buffer.device) for sums in self.sums.values())
+            if buffer.is_floating_point():
+                buffer.copy_(total / len(self.counted))
+            else:
+                buffer.copy_(total // len(self.counted))  # batch norm's number of steps, which is the same for all tiles
 
 
 def buffers_that_change(module: nn.Module) -> list[str]:
-    """The names of the buffers that running the module changes: those of its parts that are in training mode. Batch norm
-    that is frozen, which is to say in evaluation mode, only reads its running statistics."""
-    changing = []
-    for prefix, part in module.named_modules(remove_duplicate=True):
-        if part.training:
-            changing += [f"{prefix}.{name}" if prefix else name for name, _ in part.named_buffers(recurse=False)]
-    return changing
-
-
-class DecomposedUNet(nn.Module):
-    """Any encoder and decoder, run on the tiles of an image, and a communication network between the two.
-
-    encoder: tile (B,C,h,w) -> (skips, coarse map); the skips are for the decoder alone to understand;
-    decoder: (skips, coarse map) -> logits (B,L,h,w); neither may checkpoint or switch autocast inside;
-    comm_net: (B,K,H/2^D,W/2^D) -> the same shape; without it (None, K = 0) the tiles know nothing of each other;
-    comm_channels: K, at most the channels of the coarse map;
-    recompute: trade time for memory. What is alive on a device, in training:
-        without: the activations of all its tiles, from their encoding to their gradient;
-        with: coarse maps, and the activations of one tile. A tile is encoded, and forgotten but for what it sends; later
-        encoded and decoded, and forgotten but for what `finish` returns; the backward pass does both again.
-        Loss, gradients and running statistics are the same, but for other dropout. Without gradients nothing is kept.
-    ValueError: a communication network without channels, or channels without a network.
-    """
-
-    def __init__(self, encoder: nn.Module, decoder: nn.Module, comm_net: nn.Module | None = None,
-                 comm_channels: int = 0, recompute: bool = False):
-        super().__init__()
-        if (comm_net is None) != (comm_channels == 0):
-            raise ValueError(f"{comm_channels} communicated channels, but the communication network is {comm_net}")
-        self.encoder, self.decoder, self.comm_net = encoder, decoder, comm_net
-        self.comm_channels, self.recompute = comm_channels, recompute
-
-    def forward(self, tiles: Sequence[Tensor], tiling: Tiling, devices: Sequence[torch.device],
-                finish: Callable = lambda i, logits: logits) -> list:
-        """Tiles (B,C,h,w), as `tiling.split` made them -> what `finish` returned for each tile.
-
-        Tile i is moved to devices[i] and computed there. `finish(i, logits)` is called there too (again if recomputed),
-        with the tile's logits (B,L,h,w) without overlap. What it returns (these logits, or their share of a loss) is all
-        that comes back; no tensor of image size is ever made on a device. ValueError: not one device for each tile.
-        """
-        home, k = devices[0], self.comm_channels
-        encoder, decoder = PerTile(self.encoder, devices), PerTile(self.decoder, devices)
-        if not len(tiles) == len(devices) == len(tiling):
-            raise ValueError(f"{len(tiles)} tiles and {len(devices)} devices, but the tiling has {len(tiling)} tiles")
-        remember = torch.is_grad_enabled() and not self.recompute
-        run = (lambda function, i: function(i)) if remember else recomputed(devices)
-
-        def encode(i):
-            return encoder(i, sent(tiles[i], devices[i]))
-
-        if remember:
-            encode = functools.cache(encode)  # to send and to decode, the tile is encoded once and remembered
-
-        def send(i):
-            _, coarse = encode(i)
-            return tiling.coarse.crop(i, coarse[:, -k:]).clone()  # a view would keep all channels alive
-
-        def decode(i):
-            skips, coarse = encode(i)
-            if self.comm_net is not None:
-                coarse = torch.cat([coarse[:, :-k], received[i] * 1], dim=1)  # * 1: or its gradient would be a view, too
-            return finish(i, tiling.crop(i, decoder(i, skips, coarse)))
-
-        everyone = range(len(tiling))
-        if self.comm_net is not None:
-            coarse_map = tiling.coarse.stitch([part.to(home) for part in [run(send, i) for i in everyone]])
-            received = list(map(sent, tiling.coarse.split(self.comm_net(coarse_map)), devices))
-        outputs = [run(decode, i) for i in everyone]
-        encoder.update_buffers()
-        decoder.update_buffers()
-        return outputs
-
-
-def sent(tile: Tensor, device: torch.device) -> Tensor:
-    """A tile on its device. To copy from pinned memory to a GPU, nobody waits: the loop goes on to the next GPU."""
-    pin = device.type == "cuda" and tile.device.type == "cpu"
-    return (tile.contiguous().pin_memory() if pin else tile).to(device, non_blocking=True)
-
-
-def recomputed(devices: Sequence[torch.device]) -> Callable:
-    """Runs a function of tile i, forgets all but its result, and runs it again when its gradient is computed. A tile is
-    encoded several times in a step: a seed of its own lets dropout leave out the same channels every time."""
-    seeds = torch.randint(2**62, (len(devices),)).tolist()
-
-    def run(function: Callable, i: int):
-        gpu = devices[i].type == "cuda"
-        generator = torch.cuda.default_generators[devices[i].index] if gpu else torch.default_generator
-        def seeded(i):
-            before = generator.get_state()
-            generator.manual_seed(seeds[i])
-            try:
-                return function(i)
-            finally:
-                generator.set_state(before)
-        return checkpoint(seeded, i, use_reentrant=False, preserve_rng_state=False)
-
-    return run
+    """The names of the buffers that a forward pass changes: those of the submodules in training mode. Batch norm that is
+    frozen, which means in evaluation mode, only reads its running statistics."""
+    names = []
+    for prefix, part in module.named_modules():
+        for name, _ in part.named_buffers(recurse=False):
+            if part.training:
+                names.append(f"{prefix}.{name}" if prefix else name)
+    return names

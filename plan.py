@@ -3,230 +3,295 @@
     python plan.py --gpus 4 --image-size 16384 --grid 16x16 --width 64 --depth 4 --batch-size 1 --recompute
     python plan.py --gpus 4 --image-size 2048 --grid 2x2 --width 64 --depth 4 --batch-size 1 --memory 24
 
-The step of train.py runs on fake tensors: they have a shape and a device, but no numbers, and cost nothing. Every
-tensor that is made is followed until it is freed, and the storages alive on each device are added up.
-What a kernel needs only inside itself (the workspace of a convolution) and what the allocator rounds up is not seen.
-The options are those of train.py, and --memory.
+The step of train.py runs on fake tensors: they have a shape and a device but no numbers, and cost nothing. Every tensor
+that is made is followed until it is freed, and the bytes alive on each device are added up. What a kernel needs only
+inside itself (the workspace of a convolution) and what the allocator rounds up is not seen.
+The options are those of train.py; --run takes those of a run from its folder. With --memory, the size of a GPU, it also
+tells what would fit.
 """
 
+import contextlib
 import functools
-import itertools
 import math
 import operator
-import os
 import sys
-import weakref
 from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
 from unittest import mock
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.checkpoint import checkpoint
 
 import train
 from decompose import Tiling
-from image_folder import DataError
-from options import build_tiling, check_sizes, make_parser, number, parse
+from support.command import one_line_errors, open_run
+from support.image_files import DataError
+from support.memory import LiveMemory
+from support.model import build_from_config
+from support.options import make_parser, number, parse
+from support.sizes import build_tiling, check_sizes
 
 
-class LiveMemory(TorchDispatchMode):
-    """While active, follows every tensor that is made, real or fake. Tensors that are there already: `follow`.
+# One step on fake tensors
 
-    live, peak: bytes on each device now, and at most so far; a storage counts once, however many views it has.
-    moved: bytes copied from one device to another so far, by (from, to).
+class Phases:
+    """The peaks of the phases of a step: from one cut or stitch of an image to the next, forwards and backwards."""
+
+    def __init__(self, memory: LiveMemory):
+        self.memory = memory
+        self.peaks = []
+
+    def begin(self):
+        self.memory.peak = self.memory.live.copy()
+
+    def end(self, *_):
+        self.peaks.append(self.memory.peak)
+        self.begin()
+
+    def watch(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Ends a phase now, and another one when the gradient of the tensor comes."""
+        self.end()
+        if tensor.requires_grad:
+            tensor.register_hook(self.end)
+        return tensor
+
+    @contextlib.contextmanager
+    def watch_tilings(self):
+        split, stitch = Tiling.split, Tiling.stitch
+
+        def watched_split(tiling, x, **options):
+            tiles = split(tiling, self.watch(x), **options)
+            tiles[-1] = self.watch(tiles[-1])  # the last one's gradient comes first
+            return tiles
+
+        def watched_stitch(tiling, tiles, **options):
+            self.end()
+            return self.watch(stitch(tiling, tiles, **options))
+
+        with mock.patch.object(Tiling, "split", watched_split), mock.patch.object(Tiling, "stitch", watched_stitch):
+            yield
+
+    def largest(self) -> Counter:
+        return functools.reduce(operator.or_, self.peaks)
+
+
+@contextlib.contextmanager
+def without_random_numbers():
+    """Inside, tiles are recomputed without repeating the random numbers of dropout, as fake tensors hold no numbers."""
+    def no_seeds(number):
+        return [0] * number
+
+    def no_random_numbers(seed, device):
+        return contextlib.nullcontext()
+
+    with mock.patch("decompose.draw_seeds", no_seeds), mock.patch("decompose.random_numbers_of", no_random_numbers):
+        yield
+
+
+def fake_step(config: dict) -> tuple[LiveMemory, list[Counter]]:
+    """One training step of train.py. Returns what was alive and moved, and the peaks of its phases.
+
+    GPU i is called "cpu:{i + 1}", a CPU with a number, for which no driver need exist. With `gpus` 0, "cpu:1" is the CPU
+    of a run without GPUs, and holds the images too.
     """
-
-    def __init__(self):
-        super().__init__()
-        self.live, self.peak, self.moved = Counter(), Counter(), Counter()
-        self.known = set()
-
-    def follow(self, tensor: torch.Tensor):
-        storage, device = tensor.untyped_storage(), str(tensor.device)
-        if storage._cdata not in self.known:
-            self.known.add(storage._cdata)
-            self.live[device] += storage.nbytes()
-            self.peak[device] = max(self.peak[device], self.live[device])
-            weakref.finalize(storage, self.forget, storage._cdata, device, storage.nbytes())
-
-    def forget(self, key: int, device: str, size: int):
-        self.known.discard(key)
-        self.live[device] -= size
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, torch.Tensor):
-                self.follow(tensor)
-        if function is torch.ops.aten._to_copy.default and out.device != args[0].device:
-            self.moved[str(args[0].device), str(out.device)] += out.nbytes
-        return out
-
-
-def without_seeds(devices: list):
-    """Stands in for `decompose.recomputed`: fake tensors hold no random numbers, so there are none to repeat."""
-    return lambda function, i: checkpoint(function, i, use_reentrant=False, preserve_rng_state=False)
-
-
-def fake_step(config: dict) -> LiveMemory:
-    """One training step, with Adam's averages made before. GPU i is called "cpu:{i + 1}", a CPU with a number, for
-    which no driver need exist. With `gpus` 0, "cpu:1" is the CPU of a run without GPUs, and holds the images too.
-    phases: the peaks from one cut or stitch to the next, there and back again."""
     devices = [torch.device("cpu", i + 1) for i in range(max(config["gpus"], 1))]
     host = torch.device("cpu") if config["gpus"] else devices[0]
-    with LiveMemory() as memory, FakeTensorMode(), mock.patch("decompose.recomputed", without_seeds):
-        model = train.build_model(config)
-        for module in model.modules():
-            for name, weight in module.named_parameters(recurse=False):
-                setattr(module, name, torch.nn.Parameter(weight.detach().to(devices[0])))
-            for name, buffer in module.named_buffers(recurse=False):
-                setattr(module, name, buffer.to(devices[0]))
+    batch, size = config["batch_size"], config["image_size"]
+    memory = LiveMemory()
+    phases = Phases(memory)
+    with memory, FakeTensorMode(), without_random_numbers():
+        with devices[0]:  # all tensors that are made here are made on it
+            model = build_from_config(config)
         optimizer = torch.optim.Adam(model.parameters(), fused=True)
-        for weight in model.parameters():
+        for weight in model.parameters():  # a step that makes Adam's averages
             weight.grad = torch.zeros_like(weight)
         optimizer.step()
         optimizer.zero_grad()
-        images = torch.empty(config["batch_size"], config["channels"], *config["image_size"], device=host)
-        masks = torch.empty(config["batch_size"], *config["image_size"], dtype=torch.uint8, device=host)
-        memory.phases = []
+        images = torch.empty(batch, config["channels"], *size, device=host)
+        masks = torch.empty(batch, *size, dtype=torch.uint8, device=host)
 
-        def end_phase(*_):
-            memory.phases.append(memory.peak)
-            memory.peak = memory.live.copy()
-
-        def watch(tensor):
-            end_phase()
-            if tensor.requires_grad:
-                tensor.register_hook(end_phase)
-            return tensor
-
-        def watched_stitch(tiling, tiles, stitch=Tiling.stitch):
-            end_phase()
-            return watch(stitch(tiling, tiles))
-
-        def watched_split(tiling, x, split=Tiling.split, **options):
-            *others, last = split(tiling, watch(x), **options)
-            return [*others, watch(last)]  # whose gradient goes back first
-
-        memory.peak = memory.live.copy()
         memory.moved.clear()
-        with mock.patch.multiple(Tiling, stitch=watched_stitch, split=watched_split):
-            loss = train.batch_loss(model, images, masks, build_tiling(config, config["image_size"]), devices)
-        end_phase()
+        phases.begin()
+        with phases.watch_tilings():
+            loss = train.batch_loss(model, images, masks, build_tiling(config, size), devices, config)
+        phases.end()
         loss.backward()
         optimizer.step()
-        end_phase()
-        memory.peak = functools.reduce(operator.or_, memory.phases)  # the largest
-    return memory
+        phases.end()
+    memory.peak = phases.largest()
+    return memory, phases.peaks
 
+
+# Any number of tiles
 
 def predict(config: dict) -> tuple[Counter, Counter]:
-    """Peak bytes of each device, and bytes moved by (from, to), in seconds for any number of tiles: from three and four
-    tiles per device on, what each phase of the step needs goes up in a straight line. Uneven tiles are taken to be as large
-    as the largest; with an overlap, so are their parts of the image and of the coarse map, which is a little too much."""
-    tiling, devices = build_tiling(config, config["image_size"]), max(config["gpus"], 1)
-    per_device = -(-len(tiling) // devices)
-    if per_device <= 4:
-        memory = fake_step(config)
+    """Peak bytes of each device, and bytes moved by (from, to), in seconds for any number of tiles.
+
+    From three and four tiles for each device on, what a phase of the step needs goes up in a straight line. Uneven tiles
+    are taken to be as large as the largest; with an overlap, so are their parts of the image and of the coarse map,
+    which is a little too much.
+    """
+    tiling = build_tiling(config, config["image_size"])
+    devices = max(config["gpus"], 1)
+    tiles_each = math.ceil(len(tiling) / devices)
+    if tiles_each <= 4:
+        memory, _ = fake_step(config)
         return memory.peak, memory.moved
     height = max(bottom - top for top, bottom, _, _ in tiling.halos)
     width = max(right - left for _, _, left, right in tiling.halos)
-    three, four = (fake_step(config | {"image_size": (height, width * n), "grid": (1, n), "overlap": 0})
-                   for n in (3 * devices, 4 * devices))
 
-    def extended(three: Counter, four: Counter) -> Counter:
-        return Counter({key: four[key] + (per_device - 4) * (four[key] - three[key]) for key in four})
+    def row_of_tiles(each: int) -> dict:
+        tiles = each * devices
+        return {**config, "image_size": (height, width * tiles), "grid": (1, tiles), "overlap": 0}
 
-    return functools.reduce(operator.or_, map(extended, three.phases, four.phases)), extended(three.moved, four.moved)
+    three, three_peaks = fake_step(row_of_tiles(3))
+    four, four_peaks = fake_step(row_of_tiles(4))
+    peak = Counter()
+    for three_peak, four_peak in zip(three_peaks, four_peaks):
+        peak |= extend(three_peak, four_peak, tiles_each)
+    return peak, extend(three.moved, four.moved, tiles_each)
 
+
+def extend(three: Counter, four: Counter, tiles: int) -> Counter:
+    """The straight line through the values for three and for four tiles."""
+    line = Counter()
+    for key in four:
+        line[key] = four[key] + (tiles - 4) * (four[key] - three[key])
+    return line
+
+
+def fullest(config: dict) -> int:
+    """Peak bytes of the GPU that needs most."""
+    peak, _ = predict(config)
+    return max(size for device, size in peak.items() if device != "cpu")
+
+
+# What would fit
 
 def largest_image(config: dict, memory: float) -> int:
     """Side of the largest square image, in equal tiles of two cells or more to a side, whose training step stays below
     `memory` bytes on every GPU; 0 if none does. Peak memory grows nearly in a straight line with the number of pixels,
     so two sizes tell where to begin."""
-    tile = 2 * max(128, 2 ** config["depth"])  # of two cells at least: batch norm wants more than one
-    sides = [pixels * math.lcm(*config["grid"]) for pixels in (tile, 2 * tile)]
-
     def peak(side: int) -> int:
-        found, _ = predict(config | {"image_size": (side, side)})
-        return max(size for device, size in found.items() if device != "cpu")
+        return fullest({**config, "image_size": (side, side)})
 
-    small, large = map(peak, sides)
-    slope = (large - small) / (sides[1] ** 2 - sides[0] ** 2)
-    pixels = sides[0] ** 2 + (memory - small) / slope
-    step = 2 ** config["depth"] * math.lcm(*config["grid"])
-    side = int(math.sqrt(max(pixels, 0))) // step * step
+    tiles = math.lcm(*config["grid"])
+    cell = 2 ** config["depth"]
+    small = 2 * max(128, cell) * tiles
+    large = 2 * small
+    slope = (peak(large) - peak(small)) / (large**2 - small**2)
+    pixels = max(small**2 + (memory - peak(small)) / slope, 0)
+    step = cell * tiles
+    side = int(math.sqrt(pixels)) // step * step
     while side > step and peak(side) > memory:
         side -= step
-    return side if side > step else 0
+    return side if side > step else 0  # tiles of a single cell are too small for batch norm
 
 
-def memory_of(device: torch.device) -> int:
-    """Bytes of a GPU, or of the machine."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def what_fits(config: dict, devices: list[torch.device]) -> str:
-    """For one who ran out of memory: up to two changes of the command whose training step fits nine tenths of the
-    smallest device."""
-    memory = 0.9 * min(map(memory_of, devices))
+def changes_that_save_memory(config: dict) -> Iterator[tuple[str, dict]]:
+    """Options, and what they change, those first that cost least time."""
     rows, columns = config["grid"]
-    more_gpus = [2**n for n in range(1, 11) if config["gpus"] < 2**n <= rows * columns]
-    ways = {"--recompute": {"recompute": True}} | {f"--gpus {n}": {"gpus": n} for n in more_gpus}
+    changes = []
+    if not config["recompute"]:
+        changes.append(("--recompute", {"recompute": True}))
+    for gpus in (2, 4, 8, 16, 32, 64):
+        if config["gpus"] < gpus <= rows * columns:
+            changes.append((f"--gpus {gpus}", {"gpus": gpus}))
     for factor in (2, 4, 8, 16):
-        finer = factor * rows, factor * columns
-        ways[f"--grid {finer[0]}x{finer[1]} --recompute"] = {"grid": finer, "recompute": True}
-    ways |= {f"{way} --batch-size 1": change | {"batch_size": 1} for way, change in ways.items()}
+        grid = factor * rows, factor * columns
+        changes.append((f"--grid {grid[0]}x{grid[1]} --recompute", {"grid": grid, "recompute": True}))
+    yield from changes
+    if config["batch_size"] > 1:
+        for options, change in changes:
+            yield f"{options} --batch-size 1", {**change, "batch_size": 1}
 
-    def fits(change):
+
+def what_fits(config: dict, memory: float) -> list[str]:
+    """Up to two changes of the options with which the training step needs at most `memory` bytes on every GPU."""
+    found = []
+    for options, change in changes_that_save_memory(config):
         try:
-            peak = max(predict(config | change)[0].values())
-        except ValueError:
-            return False
-        return peak <= memory and any(config[name] != value for name, value in change.items())
+            if fullest({**config, **change}) <= memory:
+                found.append(options)
+        except ValueError:  # a grid that is too fine
+            continue
+        if len(found) == 2:
+            break
+    return found
 
-    found = list(itertools.islice((way for way, change in ways.items() if fits(change)), 2))
-    return " or ".join(found) or "none that plan.py knows; take a smaller --crop, --image-size or --width"
+
+# The command
+
+def print_step(config: dict, peak: Counter, moved: Counter):
+    tiling = build_tiling(config, config["image_size"])
+    line = f"One training step, {len(tiling)} tiles, batch {config['batch_size']}"
+    if config["recompute"]:
+        line += ", recompute"
+    if config["amp"]:
+        line += ", bfloat16"
+    print(f"{line}:")
+    for i in range(config["gpus"]):
+        device = f"cpu:{i + 1}"
+        exchanged = 0
+        for pair, size in moved.items():
+            if device in pair and "cpu" not in pair:
+                exchanged += size
+        print(f"  GPU {i}: peak {peak[device] / 2**20:10,.1f} MiB, "
+              f"exchanged with other GPUs {exchanged / 2**20:8,.1f} MiB, "
+              f"received from the host {moved['cpu', device] / 2**20:8,.1f} MiB")
+
+
+def print_what_fits(config: dict, gib: float, needed: int):
+    """gib: memory of a GPU; needed: bytes of the step on the fullest one."""
+    memory = gib * 2**30
+    if needed > memory:
+        ways = " or ".join(what_fits(config, memory)) or "nothing that is known here; take a smaller image or --width"
+        print(f"This needs more than {gib:g} GiB. What would fit: {ways}")
+    rows, columns = config["grid"]
+    print(f"Largest square image on {config['gpus']} GPUs of {gib:g} GiB, batch {config['batch_size']}, "
+          f"{rows}x{columns} tiles:")
+    models = {
+        "plain U-Net": {"grid": (1, 1), "gpus": 1, "comm_channels": 0, "recompute": False, "overlap": 0},
+        "decomposed": {"recompute": False},
+        "decomposed, --recompute": {"recompute": True},
+    }
+    for name, changes in models.items():
+        side = largest_image({**config, **changes}, memory)
+        print(f"  {name:24} {side:6} x {side}", flush=True)
+
+
+def describe_images(config: dict):
+    """Adds to the options what train.py would find in the images. DataError: they cannot be cut."""
+    if config["dataset"] != "synthetic" or config["crop"]:
+        raise DataError("plan.py looks at no images: give --image-size, --channels and --classes instead of --dataset and "
+                        "--crop")
+    check_sizes(config, {config["image_size"]: "--image-size"}, config["batch_size"])
+    config["classes"] = range(config["classes"])
+    config["mean"] = [0.0] * config["channels"]
+    config["std"] = [1.0] * config["channels"]
 
 
 def main(arguments: list[str] | None = None):
     parser = make_parser("Predict the peak memory of each GPU in a training step of train.py, without a GPU.")
-    parser.add_argument("--memory", type=number(0.1, float), metavar="GIB",
-                        help="memory of a GPU: also tells the largest square image that fits (default: not asked)")
+    parser.add_argument("--run", type=Path, help="folder of a run of train.py whose options are to be taken")
+    parser.add_argument("--memory", type=number(0.1, float), metavar="GIB", help="memory of a GPU: tells also what would "
+                        "fit into it (default: not asked)")
     parser.add_argument("--channels", type=number(1), default=1, help="of the image")
     parser.add_argument("--classes", type=number(2, largest=255), default=3, help="of the mask")
     config = parse(arguments, parser, amp=True)  # as all recent GPUs do
-    if config["dataset"] != "synthetic" or config["crop"]:
-        parser.error("plan.py looks at no images: give --image-size, --channels and --classes instead of --dataset and "
-                     "--crop")
-    try:
-        check_sizes(config, {config["image_size"]: "--image-size"}, config["batch_size"])
-    except DataError as error:
-        parser.error(str(error))
-    config |= {"classes": range(config["classes"]), "gpus": max(config["gpus"], 1),
-               "mean": [0.0] * config["channels"], "std": [1.0] * config["channels"]}
+    memory = config["memory"]
+    with one_line_errors(parser):
+        if config["run"]:
+            config, _, _ = open_run(config["run"])
+        else:
+            describe_images(config)
+    config["gpus"] = max(config["gpus"], 1)
 
     peak, moved = predict(config)
-    print(f"One training step, {len(build_tiling(config, config['image_size']))} tiles, batch {config['batch_size']}"
-          f"{', recompute' if config['recompute'] else ''}{', bfloat16' if config['amp'] else ''}:")
-    for i in range(config["gpus"]):
-        device = f"cpu:{i + 1}"
-        exchanged = sum(size for pair, size in moved.items() if device in pair and "cpu" not in pair)
-        print(f"  GPU {i}: peak {peak[device] / 2**20:10,.1f} MiB, "
-              f"exchanged with other GPUs {exchanged / 2**20:8,.1f} MiB, "
-              f"received from the host {moved['cpu', device] / 2**20:8,.1f} MiB")
-    if config["memory"]:
-        print(f"Largest square image on {config['gpus']} GPUs of {config['memory']:g} GiB, batch {config['batch_size']}, "
-              "{}x{} tiles:".format(*config["grid"]))
-        plain = {"grid": (1, 1), "gpus": 1, "comm_channels": 0, "recompute": False, "overlap": 0}
-        for name, changes in {"plain U-Net": plain, "decomposed": {"recompute": False},
-                              "decomposed, --recompute": {"recompute": True}}.items():
-            side = largest_image(config | changes, config["memory"] * 2**30)
-            print(f"  {name:24} {side:6} x {side}", flush=True)
+    print_step(config, peak, moved)
+    if memory:
+        print_what_fits(config, memory, needed=max(peak.values()))
 
 
 if __name__ == "__main__":

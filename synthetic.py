@@ -1,7 +1,7 @@
 """The synthetic data set of the paper: a picture that no tile can understand alone.
 
-    image                      mask                       The picture shows two discs, in two different tiles.
-    +-----------+-----------+  +-----------+-----------+  The mask joins them by a straight line: a tile sees
+    image                      mask                       The image shows two discs, in two different tiles.
+    +-----------+-----------+  +-----------+-----------+  The mask joins them by a straight line. A tile sees
     |           |           |  |           |           |  at most one end of it, so it cannot know where the
     |   O       |           |  |   O--__   |           |  line goes, or that it crosses at all, unless it is
     |           |           |  |       --__|           |  told where the other disc is.
@@ -16,84 +16,149 @@ This file imports nothing but numpy and torch: copy it.
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import Dataset
 
 SPLITS = ("train", "val", "test")
 
+# The classes. To add one, write its number, name and colour here, and draw it in LinesAndCircles.draw.
+BACKGROUND = 0
+LINE = 1
+CIRCLE = 2
+CLASSES = ("background", "line", "circle")
+COLORS = (  # red, green, blue, from 0 to 1
+    (0.86, 0.86, 0.82),
+    (0.90, 0.45, 0.13),
+    (0.16, 0.38, 0.60),
+)
+
 
 class LinesAndCircles(Dataset):
-    """`length` pairs of an image (1,H,W), float32 of 0 and 1, and a mask (H,W), uint8 class indices.
+    """Pairs of an image (1,H,W), float32 zeros and ones, and a mask (H,W), uint8 class numbers.
 
-    Pair i depends on (seed, split, i) alone. The tiles meant here are those that keep the discs apart, `grid`
-    (rows, columns) of them; a network may cut the image otherwise. The discs are in different tiles, at most
-    `max_apart` tiles apart in either direction if given. Lengths are in pixels.
-
-    ValueError: fewer than two tiles, tiles too small for a disc, or `max_apart` below 1.
+    length: how many pairs there are. Pair i depends on the seed, the split and i alone.
+    size: (H, W) of the image, in pixels.
+    grid: (rows, columns) of the tiles that keep the two discs apart. A network may cut the image into other tiles.
+    max_apart: by how many rows, and by how many columns, the two tiles may differ at most. None: by any number.
+    radius, line_width: of the discs and of the line, in pixels.
+    ValueError: there are fewer than two tiles, or they are too small for a disc, or `max_apart` is below 1.
     """
 
     channels = 1
-    classes = ("background", "line", "circle")
-    colors = ((0.86, 0.86, 0.82), (0.90, 0.45, 0.13), (0.16, 0.38, 0.60))
+    classes = CLASSES
+    colors = COLORS
 
     def __init__(self, length: int, size: tuple[int, int] = (64, 64), grid: tuple[int, int] = (2, 2),
-                 split: str = "train", seed: int = 0, max_apart: int | None = None, radius: int = 4, line_width: int = 3):
+                 split: str = "train", seed: int = 0, max_apart: int | None = None, radius: int = 4,
+                 line_width: int = 3):
+        height, width = size
         rows, columns = grid
-        self.tile = size[0] // max(rows, 1), size[1] // max(columns, 1)
-        if rows < 1 or columns < 1 or rows * columns < 2 or min(self.tile) < 2 * radius + 1:
-            raise ValueError(f"an image of {size[0]}x{size[1]} in {rows}x{columns} tiles: two discs of "
-                             f"{2 * radius + 1} pixels need at least two tiles of that size")
-        if max_apart is not None and max_apart < 1:
+        cut = f"an image of {height}x{width} in {rows}x{columns} tiles"
+        if rows < 1 or columns < 1 or rows * columns < 2:
+            raise ValueError(f"{cut}: two discs in different tiles need at least two tiles")
+        tile = (height // rows, width // columns)
+        if min(tile) < 2 * radius + 1:
+            raise ValueError(f"{cut}: a disc of {2 * radius + 1} pixels does not fit into {tile[0]}x{tile[1]}")
+        if max_apart is None:
+            max_apart = max(grid)
+        if max_apart < 1:
             raise ValueError(f"max_apart {max_apart}: discs in different tiles are at least 1 tile apart")
-        self.grid, self.max_apart = grid, max(grid) if max_apart is None else max_apart
-        self.length, self.size, self.radius, self.line_width = length, size, radius, line_width
-        self.key = seed, SPLITS.index(split)
-        self.y, self.x = np.ogrid[:size[0], :size[1]]
+        self.length = length
+        self.size = size
+        self.grid = grid
+        self.tile = tile  # height and width, in pixels
+        self.max_apart = max_apart
+        self.radius = radius
+        self.line_width = line_width
+        self.key = (seed, SPLITS.index(split))
 
     def __len__(self) -> int:
         return self.length
 
-    def __getitem__(self, i: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
         if not 0 <= i < self.length:
             raise IndexError(i)  # ends a plain `for image, mask in dataset`
-        rng = np.random.default_rng((*self.key, i))
-        pair = self.draw_tiles(rng)
-        room = np.array(self.tile) - 2 * self.radius  # where in its tile a disc can have its centre
-        (y0, x0), (y1, x1) = pair * self.tile + self.radius + rng.integers(room, size=(2, 2))
+        rng = np.random.default_rng(self.key + (i,))
+        start, end = self.draw_centres(rng)
+        image, mask = self.draw(start, end)
+        return torch.from_numpy(image).unsqueeze(0), torch.from_numpy(mask)
 
-        y, x, dy, dx = self.y - y0, self.x - x0, y1 - y0, x1 - x0
-        length2 = dy * dy + dx * dx
-        along, across = dy * y + dx * x, dx * y - dy * x  # distances, each times the length of the line
-        line = (2 * abs(across) <= self.line_width * np.sqrt(length2)) & (along >= 0) & (along <= length2)
-        discs = (y**2 + x**2 <= self.radius**2) | ((self.y - y1) ** 2 + (self.x - x1) ** 2 <= self.radius**2)
+    def draw(self, start: np.ndarray, end: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The image (H,W) and the mask (H,W) of two discs, whose centres are given as (y, x) in pixels."""
+        first_disc = distance_to_point(self.size, start) <= self.radius
+        second_disc = distance_to_point(self.size, end) <= self.radius
+        discs = first_disc | second_disc
+        line = distance_to_segment(self.size, start, end) <= self.line_width / 2
 
-        mask = np.where(discs, 2, line).astype(np.uint8)
-        return torch.from_numpy(discs[None].astype(np.float32)), torch.from_numpy(mask)
+        mask = np.full(self.size, BACKGROUND, dtype=np.uint8)
+        mask[line] = LINE
+        mask[discs] = CIRCLE  # what is drawn later covers what was drawn before
+        image = discs.astype(np.float32)
+        return image, mask
+
+    def draw_centres(self, rng: np.random.Generator) -> np.ndarray:
+        """((y, x), (y, x)) of the two centres, in pixels. Each disc lies in its tile as a whole."""
+        tiles = self.draw_tiles(rng)
+        room = np.array(self.tile) - 2 * self.radius
+        in_tile = self.radius + rng.integers(room, size=(2, 2))
+        return tiles * np.array(self.tile) + in_tile
 
     def draw_tiles(self, rng: np.random.Generator) -> np.ndarray:
-        """((row, column), (row, column)) of two tiles; all pairs that are close enough are equally likely."""
-        tiles = self.grid[0] * self.grid[1]
+        """((row, column), (row, column)) of two tiles. All pairs that are close enough are equally likely."""
+        rows, columns = self.grid
+        tiles = rows * columns
         while True:
             first, second = divmod(rng.integers(tiles * (tiles - 1)), tiles - 1)
-            second += second >= first  # so that it is never the same tile
-            pair = np.array([divmod(first, self.grid[1]), divmod(second, self.grid[1])])
+            if second >= first:
+                second += 1  # skips the first tile, so that the two are never the same
+            pair = np.array([divmod(first, columns), divmod(second, columns)])
             if abs(pair[0] - pair[1]).max() <= self.max_apart:
                 return pair
 
 
-def draw_examples(path: str, count: int = 8):
-    """Draws images above their masks, tiles marked."""
+# Distances, in pixels, of all pixels of an image of a size (H, W). Points are given as (y, x).
+
+def offsets(size: tuple[int, int], point: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """How far each row is below a point (H,1), and how far each column is to the right of it (1,W)."""
+    y = np.arange(size[0]) - point[0]
+    x = np.arange(size[1]) - point[1]
+    return y[:, None], x[None, :]
+
+
+def distance_to_point(size: tuple[int, int], point: np.ndarray) -> np.ndarray:
+    """(H,W): how far each pixel is from a point."""
+    y, x = offsets(size, point)
+    return np.sqrt(y**2 + x**2)
+
+
+def distance_to_segment(size: tuple[int, int], start: np.ndarray, end: np.ndarray) -> np.ndarray:
+    """(H,W): how far each pixel is from the straight line between two different points. The distance is infinite for a
+    pixel before the start or behind the end, so that a thick line is cut off straight."""
+    y, x = offsets(size, start)
+    dy, dx = end - start
+    squared_length = dy**2 + dx**2
+    along = (dy * y + dx * x) / squared_length  # 0 at the start, 1 at the end
+    across = abs(dx * y - dy * x) / np.sqrt(squared_length)
+    between = (along >= 0) & (along <= 1)
+    return np.where(between, across, np.inf)
+
+
+def draw_examples(path: str):
+    """Draws images above their masks. The red lines are the borders between tiles."""
     import matplotlib.pyplot as plt
     from matplotlib.colors import ListedColormap
 
+    count = 8
     data = LinesAndCircles(count)
-    figure, axes = plt.subplots(2, count, figsize=(1.5 * count, 3.2), layout="constrained")
-    for (image, mask), (above, below) in zip(data, axes.T):
-        above.imshow(image[0], cmap="gray")
-        below.imshow(mask, cmap=ListedColormap(data.colors), interpolation="nearest")
-        for axis in (above, below):
-            axis.axhline(data.tile[0] - 0.5, color="tab:red", linewidth=0.8)
-            axis.axvline(data.tile[1] - 0.5, color="tab:red", linewidth=0.8)
-            axis.set(xticks=[], yticks=[])
+    figure, axes = plt.subplots(2, count, figsize=(12, 3.2), layout="constrained")
+    for i in range(count):
+        image, mask = data[i]
+        axes[0, i].imshow(image[0], cmap="gray")
+        axes[1, i].imshow(mask, cmap=ListedColormap(COLORS), vmin=0, vmax=len(COLORS) - 1, interpolation="nearest")
+    for axis in axes.flat:
+        axis.axhline(data.tile[0] - 0.5, color="tab:red", linewidth=0.8)
+        axis.axvline(data.tile[1] - 0.5, color="tab:red", linewidth=0.8)
+        axis.set(xticks=[], yticks=[])
     axes[0, 0].set_ylabel("image")
     axes[1, 0].set_ylabel("mask")
     figure.savefig(path, dpi=120)

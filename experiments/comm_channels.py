@@ -15,32 +15,55 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 
-import plots
-from experiments.common import (QUICK, append, make_parser, mean_and_spread, plot_spread, read, save_table, trained,
-                                where)
-from options import number
+from experiments.common import (CLASS_HEADER, CLASSES, QUICK, append_rows, class_scores, different, is_measured,
+                                make_folder, make_parser, parameters, plot_spread, read_rows, save_table,
+                                spread_of_columns, trained, where)
+from support import plots
+from support.options import number
 
-CLASSES = ("line", "background", "circle")
 WIDTH = 8  # train.py's default
 
 
-def draw(path: Path, results: list[dict]):
+def measure(case: dict, folder: Path, options: list[str]) -> dict:
+    """The row of a case. Its model is trained now, unless it has been trained before."""
+    depth, channels, seed = case["depth"], case["channels"], case["seed"]
+    out = folder / f"depth{depth}-k{channels}-seed{seed}"
+    of_case = ["--depth", str(depth), "--comm-channels", str(channels), "--seed", str(seed)]
+    metrics = trained(out, ["--grid", "2x2"] + options + of_case)
+    return {**case, "parameters": metrics["parameters"], **class_scores(metrics["test"])}
+
+
+def save_scores(path: Path, rows: list[dict]):
+    table = []
+    for depth in different(rows, "depth"):
+        of_depth = where(rows, depth=depth)
+        for channels in different(of_depth, "channels"):
+            mine = where(of_depth, channels=channels)
+            cells = [f"{depth:.0f}", f"{channels:.0f}", parameters(mine)]
+            table.append(cells + spread_of_columns(mine, CLASSES) + [len(mine)])
+    save_table(path, ["depth", "K", "parameters"] + CLASS_HEADER + ["seeds"], table)
+
+
+def draw(path: Path, rows: list[dict]):
     """The line on the left, the classes that a tile can find alone on the right; a colour for each depth."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
-    for i, depth in enumerate(sorted({row["depth"] for row in results})):
-        mine = where(results, depth=depth)
-        plot_spread(left, mine, "channels", "line", marker="o", color=f"C{i}", label=f"depth {depth:.0f}")
-        for name, style in (("background", "-"), ("circle", ":")):
-            plot_spread(right, mine, "channels", name, marker=".", linestyle=style, color=f"C{i}",
-                        label=f"{name}, depth {depth:.0f}")
-    ticks = sorted({int(row["channels"]) for row in results})
+    for i, depth in enumerate(different(rows, "depth")):
+        mine = where(rows, depth=depth)
+        color = f"C{i}"
+        name = f"depth {depth:.0f}"
+        plot_spread(left, mine, "channels", "line", marker="o", color=color, label=name)
+        plot_spread(right, mine, "channels", "background", marker=".", linestyle="-", color=color,
+                    label=f"background, {name}")
+        plot_spread(right, mine, "channels", "circle", marker=".", linestyle=":", color=color,
+                    label=f"circle, {name}")
+    ticks = [int(channels) for channels in different(rows, "channels")]
     for axes in (left, right):
         axes.set_xscale("symlog", linthresh=1)
         axes.set_xticks(ticks, ticks)
         axes.minorticks_off()
         axes.set(xlabel="communicated channels K", ylabel="test IoU")
         axes.grid(alpha=0.3)
-        if results:
+        if rows:
             axes.legend(fontsize=9)
     left.set(title="line", ylim=(-0.02, 1))
     right.set(title="background and circle")
@@ -52,31 +75,26 @@ def main(arguments: list[str] | None = None):
     parser.add_argument("--depths", type=number(1), nargs="+", default=[2, 3, 4], help="poolings")
     parser.add_argument("--channels", type=number(0), nargs="+", default=[0, 1, 4, 16, 64], help="communicated, K")
     asked = parser.parse_args(arguments)
-    folder, options, width = Path("runs/comm_channels"), [], WIDTH
+    options = []
+    width = WIDTH
     if asked.quick:
-        folder, options, width = Path("runs/comm_channels-quick"), QUICK, 2
-        asked.seeds, asked.depths, asked.channels = [0], [1, 2], [0, 8]
-    folder.mkdir(parents=True, exist_ok=True)
+        options = QUICK
+        width = 2
+        asked.seeds = [0]
+        asked.depths = [1, 2]
+        asked.channels = [0, 8]
 
+    folder = make_folder("comm_channels", asked.quick)
     results = folder / "comm_channels.csv"
     for seed in asked.seeds:
         for depth in asked.depths:
-            for k in asked.channels:
-                if k > width * 2**depth or where(read(results), depth=depth, channels=k, seed=seed):
-                    continue
-                metrics = trained(folder / f"depth{depth}-k{k}-seed{seed}",
-                                  ["--grid", "2x2", *options, "--depth", str(depth), "--comm-channels", str(k),
-                                   "--seed", str(seed)])
-                append(results, [{"depth": depth, "channels": k, "seed": seed, "parameters": metrics["parameters"],
-                                  **{name: metrics["test"]["iou"][name] for name in CLASSES}}])
+            for channels in asked.channels:
+                case = {"depth": depth, "channels": channels, "seed": seed}
+                if channels <= width * 2**depth and not is_measured(results, case):
+                    append_rows(results, [measure(case, folder, options)])
 
-    rows, table = read(results), []
-    for depth, k in sorted({(row["depth"], row["channels"]) for row in rows}):
-        mine = where(rows, depth=depth, channels=k)
-        table.append([f"{depth:.0f}", f"{k:.0f}", f"{mine[0]['parameters']:,.0f}",
-                      *(mean_and_spread([row[name] for row in mine]) for name in CLASSES), len(mine)])
-    save_table(folder / "comm_channels.md", ["depth", "K", "parameters", *(f"IoU {name}" for name in CLASSES), "seeds"],
-               table)
+    rows = read_rows(results)
+    save_scores(folder / "comm_channels.md", rows)
     draw(folder / "comm_channels.png", rows)
 
 

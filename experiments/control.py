@@ -13,18 +13,23 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 
-import plots
 from comm_net import CommNet
 from decompose import Tiling
-from experiments.common import QUICK, append, bar_spread, make_parser, mean_and_spread, read, save_table, trained, where
+from experiments.common import (CLASS_HEADER, CLASSES, QUICK, append_rows, bar_spread, class_scores, column, file_name,
+                                is_measured, make_folder, make_parser, parameters, read_rows, save_table,
+                                spread_of_columns, trained, where)
+from support import plots
 
 
 class Alone(CommNet):
     """The same layers, run on each tile's part of the coarse map as if there were no other. For 2x2 tiles."""
 
     def forward(self, coarse_map):
-        tiling, run = Tiling(coarse_map.shape[-2:], (2, 2)), super().forward
-        return tiling.stitch([run(part) for part in tiling.split(coarse_map)])
+        tiling = Tiling(coarse_map.shape[-2:], (2, 2))
+        parts = []
+        for part in tiling.split(coarse_map):
+            parts.append(super().forward(part))
+        return tiling.stitch(parts)
 
 
 MODELS = {  # name: (options of train.py, communication network)
@@ -32,17 +37,47 @@ MODELS = {  # name: (options of train.py, communication network)
     "same network, no exchange": ([], Alone),
     "no communication network": (["--comm-channels", "0"], CommNet),
 }
-CLASSES = ("line", "background", "circle")
+LABELS = {  # of the bars
+    "communication": "communication",
+    "same network, no exchange": "same network,\nno exchange",
+    "no communication network": "no communication\nnetwork",
+}
 
 
-def draw(path: Path, results: list[dict]):
+def measure(case: dict, folder: Path, options: list[str]) -> dict:
+    """The row of a case. Its model is trained now, unless it has been trained before."""
+    model, seed = case["model"], case["seed"]
+    of_model, comm_net = MODELS[model]
+    out = folder / f"{file_name(model)}-seed{seed}"
+    metrics = trained(out, ["--grid", "2x2"] + options + of_model + ["--seed", str(seed)], comm_net)
+    return {
+        **case,
+        "parameters": metrics["parameters"],
+        **class_scores(metrics["test"]),
+        "mean": metrics["test"]["mean_iou"],
+    }
+
+
+def save_scores(path: Path, rows: list[dict]):
+    table = []
+    for name in MODELS:
+        mine = where(rows, model=name)
+        if mine:
+            scores = spread_of_columns(mine, CLASSES + ["mean"])
+            table.append([name, parameters(mine)] + scores + [len(mine)])
+    save_table(path, ["model", "parameters"] + CLASS_HEADER + ["mean IoU", "seeds"], table)
+
+
+def draw(path: Path, rows: list[dict]):
     figure, axes = plt.subplots(figsize=(6.4, 4), layout="constrained")
     labels = []
     for i, name in enumerate(MODELS):
-        mine = where(results, model=name)
-        bar_spread(axes, i, [row["line"] for row in mine], color=f"C{i}", width=0.6)
-        size = f"\n{mine[0]['parameters']:,.0f} parameters" if mine else ""
-        labels.append(name.replace(", ", ",\n").replace("communication n", "communication\nn") + size)
+        mine = where(rows, model=name)
+        bar_spread(axes, i, column(mine, "line"), color=f"C{i}", width=0.6)
+        label = LABELS[name]
+        if mine:
+            label += f"\n{parameters(mine)} parameters"
+        labels.append(label)
     axes.set_xticks(range(len(MODELS)), labels)
     axes.set(ylabel="test IoU of the line", ylim=(0, 1), title="Mean of the seeds, and each of them as a dot")
     axes.grid(axis="y", alpha=0.3)
@@ -51,31 +86,22 @@ def draw(path: Path, results: list[dict]):
 
 def main(arguments: list[str] | None = None):
     asked = make_parser(__doc__.splitlines()[0]).parse_args(arguments)
-    folder, options, seeds = Path("runs/control"), [], asked.seeds
+    options = []
     if asked.quick:
-        folder, options, seeds = Path("runs/control-quick"), QUICK, [0]
-    folder.mkdir(parents=True, exist_ok=True)
+        options = QUICK
+        asked.seeds = [0]
 
+    folder = make_folder("control", asked.quick)
     results = folder / "control.csv"
-    for seed in seeds:
-        for name, (flags, comm_net) in MODELS.items():
-            if where(read(results), model=name, seed=seed):
-                continue
-            out = folder / f"{name.replace(',', '').replace(' ', '-')}-seed{seed}"
-            metrics = trained(out, ["--grid", "2x2", *options, *flags, "--seed", str(seed)], comm_net)
-            append(results, [{"model": name, "seed": seed, "parameters": metrics["parameters"],
-                              **{label: metrics["test"]["iou"][label] for label in CLASSES},
-                              "mean": metrics["test"]["mean_iou"]}])
+    for seed in asked.seeds:
+        for name in MODELS:
+            case = {"model": name, "seed": seed}
+            if not is_measured(results, case):
+                append_rows(results, [measure(case, folder, options)])
 
-    table = []
-    for name in MODELS:
-        mine = where(read(results), model=name)
-        if mine:
-            table.append([name, f"{mine[0]['parameters']:,.0f}",
-                          *(mean_and_spread([row[label] for row in mine]) for label in (*CLASSES, "mean")), len(mine)])
-    save_table(folder / "control.md",
-               ["model", "parameters", *(f"IoU {label}" for label in CLASSES), "mean IoU", "seeds"], table)
-    draw(folder / "control.png", read(results))
+    rows = read_rows(results)
+    save_scores(folder / "control.md", rows)
+    draw(folder / "control.png", rows)
 
 
 if __name__ == "__main__":

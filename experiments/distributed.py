@@ -4,78 +4,136 @@
     python -m experiments.benchmark --distributed --quick    # the two processes only, in seconds
 
 The network and the images are the defaults of train.py: 64x64 pixels in 2x2 tiles, 16 images in a batch, of which each
-process takes its share; Gloo on the CPU. The two take turns. In the same processes, every step is made once more without
-a word to the others: the difference is the time of the exchange, waiting for the slower one included. The bytes are those
-that each process hands over to be added. Writes runs/distributed/distributed.csv and prints its rows.
+process takes its share; Gloo on the CPU. The two take turns. In the same processes, every step is made once more
+without a word to the others: the difference is the time of the exchange, waiting for the slower one included. The bytes
+are those that each process hands over to be added. Writes runs/distributed/distributed.csv and prints its rows.
 """
 
 import statistics
 import tempfile
 import time
-from pathlib import Path
 from unittest import mock
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
-import checkpoints
 import train
-from data import describe
-from options import build_tiling, make_parser, parse, show_progress
+from experiments.common import make_folder
+from support import checkpoints, processes
+from support.datasets import build_datasets, describe
+from support.model import build_from_config
+from support.options import make_parser, parse, show_progress
+from support.sizes import build_tiling
 
-CORES, CPU = 2, [torch.device("cpu")]
+CORES = 2
+CPU = [torch.device("cpu")]
+
+
+class Trainer:
+    """A network and its optimizer, as train.py makes them. Made before the processes know each other, it is alone."""
+
+    def __init__(self, config: dict):
+        torch.manual_seed(config["seed"])
+        self.config = config
+        self.model = build_from_config(config)
+        self.parallel = processes.parallel(self.model)
+        self.optimizer = torch.optim.Adam(self.model.parameters(), fused=True)
+
+    def step(self, images: Tensor, masks: Tensor) -> float:
+        """Makes a training step, as soon as all processes are here. Returns its seconds."""
+        dist.barrier()
+        started = time.perf_counter()
+        self.optimizer.zero_grad()
+        tiling = build_tiling(self.config, masks.shape[-2:])
+        loss = train.batch_loss(self.parallel, images, masks, tiling, CPU, self.config)
+        loss.backward()
+        self.optimizer.step()
+        return time.perf_counter() - started
+
+
+class CountedAllReduce:
+    """Does what torch.distributed.all_reduce does, and adds up the bytes that this process hands over."""
+
+    def __init__(self):
+        self.all_reduce = dist.all_reduce
+        self.bytes = 0
+
+    def __call__(self, tensor: Tensor, *options, **more):
+        self.bytes += tensor.nbytes
+        return self.all_reduce(tensor, *options, **more)
+
+
+def keep_to_oneself(sums: Tensor) -> Tensor:
+    """In place of all_reduce_sum: the sums of the loss are not added up over processes."""
+    return sums
+
+
+def share_of_batch(config: dict, rank: int, count: int) -> tuple[Tensor, Tensor]:
+    """The images and masks of a batch that process `rank` of `count` learns from."""
+    dataset = build_datasets(config)["train"]
+    images, masks = [], []
+    for i in range(rank, config["batch_size"], count):
+        image, mask = dataset[i]
+        images.append(image)
+        masks.append(mask)
+    return torch.stack(images), torch.stack(masks)
 
 
 def work(rank: int, count: int, folder: str, config: dict, steps: int):
-    """Process `rank`: steps with and without the exchange, in turn. The first one writes what it measured to `folder`."""
+    """Process `rank`: steps with and without the exchange, in turn. The first one saves its result in `folder`."""
     torch.set_num_threads(CORES // count)
-    alone = train.Run(config, config["train_images"], CPU[0])
+    alone = Trainer(config)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=count)
-    run, sent, all_reduce = train.Run(config, config["train_images"], CPU[0]), [0], dist.all_reduce
-    run.parallel.register_comm_hook(None, allreduce_hook)  # what it does anyway, but where it can be seen
+    together = Trainer(config)
+    together.parallel.register_comm_hook(None, allreduce_hook)  # what it does anyway, but where it can be seen
+    images, masks = share_of_batch(config, rank, count)
 
-    def counted(tensor, *options, **more):
-        sent[0] += tensor.nbytes
-        return all_reduce(tensor, *options, **more)
-
-    data = train.build_datasets(config)["train"]
-    batch = [torch.stack(x) for x in zip(*(data[i] for i in range(config["batch_size"])[rank::count]))]
-
-    def step(run) -> float:
-        dist.barrier()
-        begun = time.perf_counter()
-        run.optimizer.zero_grad()
-        train.batch_loss(run.parallel, *batch, build_tiling(config, batch[1].shape[-2:]), CPU).backward()
-        run.optimizer.step()
-        return time.perf_counter() - begun
-
-    times = []
-    for _ in range(steps + 2):  # the first two warm up
-        sent[0] = 0
+    seconds_together, seconds_alone = [], []
+    for _ in range(steps + 2):
+        counted = CountedAllReduce()
         with mock.patch("torch.distributed.all_reduce", counted):
-            together = step(run)
-        with mock.patch("processes.add", lambda sums: sums):
-            times.append((together, step(alone)))
-    together, apart = map(statistics.median, zip(*times[2:]))
+            seconds_together.append(together.step(images, masks))
+        with mock.patch("support.processes.all_reduce_sum", keep_to_oneself):
+            seconds_alone.append(alone.step(images, masks))
     if rank == 0:
-        weights, seconds = sum(weight.nbytes for weight in run.model.parameters()), together if count > 1 else apart
-        torch.save({"processes": count, "images_per_second": round(config["batch_size"] / seconds, 1),
-                    "exchange_share": round(1 - apart / together, 3), "bytes_sent": sent[0],
-                    "bytes_of_weights": weights}, f"{folder}/result")
+        with_exchange = statistics.median(seconds_together[2:])  # the first two warm up
+        without_exchange = statistics.median(seconds_alone[2:])
+        seconds = with_exchange if count > 1 else without_exchange
+        result = {
+            "processes": count,
+            "images_per_second": round(config["batch_size"] / seconds, 1),
+            "exchange_share": round(1 - without_exchange / with_exchange, 3),
+            "bytes_sent": counted.bytes,
+            "bytes_of_weights": sum(weight.nbytes for weight in together.model.parameters()),
+        }
+        torch.save(result, f"{folder}/result")
     dist.destroy_process_group()
 
 
+def measure(count: int, config: dict, steps: int) -> dict:
+    """What `work` measures in so many processes."""
+    with tempfile.TemporaryDirectory() as folder:
+        torch.multiprocessing.spawn(work, (count, folder, config, steps), nprocs=count)
+        return torch.load(f"{folder}/result", weights_only=True)
+
+
 def main(quick: bool):
-    config = parse(["--train-images", "16", *(["--width", "2", "--comm-channels", "4"] if quick else [])], make_parser(""))
-    config |= describe(config, show_progress)
-    folder = Path("runs/distributed-quick" if quick else "runs/distributed")
-    folder.mkdir(parents=True, exist_ok=True)
+    options = ["--train-images", "16"]
+    rounds, counts, steps = 3, [1, 2], 30
+    if quick:
+        options += ["--width", "2", "--comm-channels", "4"]
+        rounds, counts, steps = 1, [2], 3
+    config = parse(options, make_parser(""))
+    config.update(describe(config, show_progress))
+
+    folder = make_folder("distributed", quick)
     rows = []
-    for round_ in range(1 if quick else 3):
-        for count in (2,) if quick else (1, 2):
-            with tempfile.TemporaryDirectory() as meeting:
-                torch.multiprocessing.spawn(work, (count, meeting, config, 3 if quick else 30), nprocs=count)
-                rows.append({"round": round_} | torch.load(f"{meeting}/result", weights_only=True))
-            print("  ".join(f"{name} {value}" for name, value in rows[-1].items()), flush=True)
+    for i in range(rounds):
+        for count in counts:
+            row = {"round": i}
+            row.update(measure(count, config, steps))
+            rows.append(row)
+            print("  ".join(f"{name} {value}" for name, value in row.items()), flush=True)
             checkpoints.write_log(folder / "distributed.csv", rows)

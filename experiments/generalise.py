@@ -17,86 +17,128 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 from torch.utils.data import DataLoader
 
-import plots
 import train
-from experiments.common import (CPU_OR_GPUS, MODELS, QUICK, append, bar_spread, load, make_parser, mean_and_spread,
-                                plot_spread, read, save_table, trained, where)
+from experiments.common import (CLASS_HEADER, CLASSES, CPU_OR_GPUS, MODELS, QUICK, append_rows, bar_spread,
+                                class_scores, column, is_measured, load, make_folder, make_parser, plot_spread,
+                                read_rows, save_table, spread_of_columns, trained, where)
+from support import plots
 from synthetic import LinesAndCircles
 
-DECOMPOSED, _, PLAIN = MODELS
+DECOMPOSED, PLAIN = "with communication", "plain U-Net, whole image"
 ANY, NEAR = "any two tiles", "neighbouring tiles"
-CUTS = (1, 2, 4, 8)  # of 64x64 pixels, in both directions
-CASES = {  # model: (side of the image, tiles in each direction, where the discs are)
-    DECOMPOSED: [*((64, tiles, ANY) for tiles in CUTS), *((32 * n, n, discs) for n in (4, 8) for discs in (ANY, NEAR))],
-    PLAIN: [(64, 1, ANY), *((side, 1, discs) for side in (128, 256) for discs in (ANY, NEAR))],
-}
+CASES = [  # model, side of the image in pixels, tiles in each direction, where the discs are
+    (DECOMPOSED, 64, 1, ANY),
+    (DECOMPOSED, 64, 2, ANY),
+    (DECOMPOSED, 64, 4, ANY),
+    (DECOMPOSED, 64, 8, ANY),
+    (DECOMPOSED, 128, 4, ANY),
+    (DECOMPOSED, 128, 4, NEAR),
+    (DECOMPOSED, 256, 8, ANY),
+    (DECOMPOSED, 256, 8, NEAR),
+    (PLAIN, 64, 1, ANY),
+    (PLAIN, 128, 1, ANY),
+    (PLAIN, 128, 1, NEAR),
+    (PLAIN, 256, 1, ANY),
+    (PLAIN, 256, 1, NEAR),
+]
 TESTED = 300  # images
-CLASSES = ("line", "background", "circle")
+
+
+def measure(case: dict, folder: Path, options: list[str], images: int) -> dict:
+    """The row of a case: scores on so many images. Its model is trained now, unless it has been trained before."""
+    name, seed = case["model"], case["seed"]
+    out = folder / f"{name.split()[0]}-seed{seed}"
+    trained(out, ["--grid", "2x2"] + options + MODELS[name] + ["--seed", str(seed)])
+    model, config = load(out)
+    scores = test(model, config, case["side"], case["tiles"], case["discs"], images)
+    return {**case, **scores}
 
 
 def test(model, config: dict, side: int, tiles: int, discs: str, images: int) -> dict[str, float]:
     """IoU of each class on square images that were not seen in training, cut in tiles x tiles."""
-    data = LinesAndCircles(images, (side, side), (side // 32, side // 32), "test", config["seed"],
-                           max_apart=1 if discs == NEAR else None)
-    changed = config | {"image_size": (side, side), "grid": (tiles, tiles)}
-    return train.evaluate(model, DataLoader(data, config["batch_size"]), changed, CPU_OR_GPUS)["iou"]
+    max_apart = None
+    if discs == NEAR:
+        max_apart = 1
+    data = LinesAndCircles(images, (side, side), (side // 32, side // 32), "test", config["seed"], max_apart)
+    config = {**config, "image_size": (side, side), "grid": (tiles, tiles)}
+    loader = DataLoader(data, config["batch_size"])
+    return class_scores(train.evaluate(model, loader, config, CPU_OR_GPUS))
 
 
-def draw(path: Path, results: list[dict]):
+def save_scores(path: Path, rows: list[dict]):
+    table = []
+    for name, side, tiles, discs in CASES:
+        mine = where(rows, model=name, side=side, tiles=tiles, discs=discs)
+        if mine:
+            cells = [name, f"{side}x{side}", f"{tiles}x{tiles}", discs]
+            table.append(cells + spread_of_columns(mine, CLASSES) + [len(mine)])
+    save_table(path, ["model", "image", "tiles", "discs in"] + CLASS_HEADER + ["seeds"], table)
+
+
+def draw(path: Path, rows: list[dict]):
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.2), sharey=True, layout="constrained")
-    small = where(results, side=64)
-    for i, tiles in enumerate(CUTS):
-        bar_spread(left, i, [row["line"] for row in where(small, model=DECOMPOSED, tiles=tiles)], width=0.6,
-                   color="C0" if tiles == 2 else "lightsteelblue")
-    bar_spread(left, len(CUTS), [row["line"] for row in where(small, model=PLAIN)], width=0.6, color="C1")
-    names = [f"{tiles}x{tiles}" + ("\n(as trained)" if tiles == 2 else "") for tiles in CUTS]
-    left.set_xticks(range(len(CUTS) + 1), [*names, "plain\nU-Net"])
-    left.set(xlabel="tiles", ylabel="line IoU", ylim=(0, 1), title="The same 64x64 images, cut otherwise")
-
-    for i, (name, tiles, label) in enumerate(((DECOMPOSED, 2, "tiles of 32x32"), (PLAIN, 1, "plain U-Net"))):
-        as_trained = where(small, model=name, tiles=tiles)  # there any two tiles are neighbours
-        for discs, style in ((NEAR, "-"), (ANY, "--")):
-            larger = [row for row in where(results, model=name, discs=discs) if row["side"] > 64]
-            plot_spread(right, as_trained + larger, "side", "line", marker="o", linestyle=style, color=f"C{i}",
-                        label=f"{label}, discs in {discs}")
-    right.set_xscale("log", base=2)
-    right.set_xticks([64, 128, 256], ["64x64\n(as trained)", "128x128", "256x256"])
-    right.set(xlabel="image", xlim=(56, 292), title="Larger images, without more training")
-    right.legend(fontsize=9, loc=(0.3, 0.51))
+    draw_other_tiles(left, where(rows, side=64))
+    draw_larger_images(right, rows)
     for axes in (left, right):
         axes.grid(axis="y", alpha=0.3)
     plots.save(figure, path)
 
 
+def draw_other_tiles(axes, rows: list[dict]):
+    """A bar for each number of tiles, and one for the plain U-Net. rows: those of images of 64x64."""
+    names = {1: "1x1", 2: "2x2\n(as trained)", 4: "4x4", 8: "8x8"}
+    for i, tiles in enumerate(names):
+        color = "C0" if tiles == 2 else "lightsteelblue"
+        mine = where(rows, model=DECOMPOSED, tiles=tiles)
+        bar_spread(axes, i, column(mine, "line"), width=0.6, color=color)
+    plain = where(rows, model=PLAIN)
+    bar_spread(axes, len(names), column(plain, "line"), width=0.6, color="C1")
+    axes.set_xticks(range(len(names) + 1), list(names.values()) + ["plain\nU-Net"])
+    axes.set(xlabel="tiles", ylabel="line IoU", ylim=(0, 1), title="The same 64x64 images, cut otherwise")
+
+
+def draw_larger_images(axes, rows: list[dict]):
+    """Line IoU against the side of the image: a colour for each model, a dashed line for discs in any two tiles."""
+    draw_sides(axes, rows, DECOMPOSED, 2, color="C0", label="tiles of 32x32")
+    draw_sides(axes, rows, PLAIN, 1, color="C1", label="plain U-Net")
+    axes.set_xscale("log", base=2)
+    axes.set_xticks([64, 128, 256], ["64x64\n(as trained)", "128x128", "256x256"])
+    axes.set(xlabel="image", xlim=(56, 292), title="Larger images, without more training")
+    axes.legend(fontsize=9, loc=(0.3, 0.51))
+
+
+def draw_sides(axes, rows: list[dict], model: str, tiles: int, color: str, label: str):
+    """The two lines of a model that was trained in tiles x tiles."""
+    as_trained = where(rows, model=model, side=64, tiles=tiles)  # there any two tiles are neighbours
+    for discs, style in ((NEAR, "-"), (ANY, "--")):
+        mine = list(as_trained)
+        for row in where(rows, model=model, discs=discs):
+            if row["side"] > 64:
+                mine.append(row)
+        label_of_line = f"{label}, discs in {discs}"
+        plot_spread(axes, mine, "side", "line", marker="o", linestyle=style, color=color, label=label_of_line)
+
+
 def main(arguments: list[str] | None = None):
     asked = make_parser(__doc__.splitlines()[0]).parse_args(arguments)
-    folder, options, seeds, tested = Path("runs/generalise"), [], asked.seeds, TESTED
+    options = []
+    images = TESTED
     if asked.quick:
-        folder, options, seeds, tested = Path("runs/generalise-quick"), QUICK, [0], 4
-    folder.mkdir(parents=True, exist_ok=True)
+        options = QUICK
+        images = 4
+        asked.seeds = [0]
 
+    folder = make_folder("generalise", asked.quick)
     results = folder / "generalise.csv"
-    for seed in seeds:
-        for name, cases in CASES.items():
-            out = folder / f"{name.split()[0]}-seed{seed}"
-            trained(out, ["--grid", "2x2", *options, *MODELS[name], "--seed", str(seed)])
-            model, config = load(out)
-            for side, tiles, discs in cases:
-                case = {"model": name, "seed": seed, "side": side, "tiles": tiles, "discs": discs}
-                if not where(read(results), **case):
-                    scores = test(model, config, side, tiles, discs, tested)
-                    append(results, [case | {label: scores[label] for label in CLASSES}])
+    for seed in asked.seeds:
+        for name, side, tiles, discs in CASES:
+            case = {"model": name, "seed": seed, "side": side, "tiles": tiles, "discs": discs}
+            if not is_measured(results, case):
+                append_rows(results, [measure(case, folder, options, images)])
 
-    table = []
-    for name, cases in CASES.items():
-        for side, tiles, discs in cases:
-            mine = where(read(results), model=name, side=side, tiles=tiles, discs=discs)
-            if mine:
-                table.append([name, f"{side}x{side}", f"{tiles}x{tiles}", discs,
-                              *(mean_and_spread([row[label] for row in mine]) for label in CLASSES), len(mine)])
-    save_table(folder / "generalise.md",
-               ["model", "image", "tiles", "discs in", *(f"IoU {label}" for label in CLASSES), "seeds"], table)
-    draw(folder / "generalise.png", read(results))
+    rows = read_rows(results)
+    save_scores(folder / "generalise.md", rows)
+    draw(folder / "generalise.png", rows)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
     python -m experiments.idea RUN        # RUN: a folder that train.py made, with communication
 
 problem.png: what the network is given, what it must find, and how little of it one tile sees. idea.png: one image on
-its way through the network. Takes seconds.
+its way through the network. Both are written to experiments/. Takes seconds.
 """
 
 import sys
@@ -13,73 +13,104 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 
-import plots
-import train
-from decompose import Tiling
+from decompose import Tiling, keep_logits
 from experiments.common import HERE
-from options import build_tiling
+from support import plots
+from support.datasets import build_datasets
+from support.model import load_model
+from support.sizes import build_tiling
+from train import run_tiles
 
 GAP = 3  # white pixels between tiles that are apart
 
 
-def apart(picture, tiling: Tiling, gap: int) -> np.ma.MaskedArray:
-    """A picture (H,W) with its tiles moved apart."""
+def move_apart(picture: np.ndarray, tiling: Tiling, gap: int) -> np.ma.MaskedArray:
+    """A picture (H,W) with so many pixels between its tiles."""
+    height, width = tiling.size
     rows, columns = tiling.grid
-    canvas = np.full((tiling.size[0] + gap * (rows - 1), tiling.size[1] + gap * (columns - 1)), np.nan)
+    canvas = np.full((height + gap * (rows - 1), width + gap * (columns - 1)), np.nan)
     for i, (top, bottom, left, right) in enumerate(tiling.boxes):
-        down, across = gap * (i // columns), gap * (i % columns)
-        canvas[top + down:bottom + down, left + across:right + across] = picture[top:bottom, left:right]
+        tile = picture[top:bottom, left:right]
+        top += gap * (i // columns)
+        left += gap * (i % columns)
+        canvas[top:top + tile.shape[0], left:left + tile.shape[1]] = tile
     return np.ma.masked_invalid(canvas)
 
 
-def draw_problem(path: Path, image, mask, tiling: Tiling, colors: list):
-    figure, axes = plt.subplots(1, 3, figsize=(7.2, 2.7), layout="constrained")
-    plots.show(axes[0], image, [], colors)
-    plots.show(axes[1], mask, [], colors)
-    axes[2].imshow(apart(image[0].numpy(), tiling, GAP), cmap="gray")
-    axes[2].set(xticks=[], yticks=[])
-    axes[2].spines[:].set_visible(False)
-    for axis, title in zip(axes, ("the image", "the mask to find", "what each GPU gets to see")):
-        axis.set_title(title, fontsize=10)
+def show_map(axes, picture: np.ndarray, cmap: str):
+    """A picture (H,W), some pixels of which may be missing, without a frame."""
+    axes.imshow(picture, cmap=cmap, interpolation="nearest")
+    axes.set(xticks=[], yticks=[])
+    axes.spines[:].set_visible(False)
+
+
+# problem.png
+
+def draw_problem(path: Path, image: torch.Tensor, mask: torch.Tensor, tiling: Tiling, colors: list):
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(7.2, 2.7), layout="constrained")
+    plots.show(left, image, [], colors)
+    left.set_title("the image", fontsize=10)
+    plots.show(middle, mask, [], colors)
+    middle.set_title("the mask to find", fontsize=10)
+    show_map(right, move_apart(image[0].numpy(), tiling, GAP), "gray")
+    right.set_title("what each GPU gets to see", fontsize=10)
     plots.save(figure, path)
 
 
-def draw_idea(path: Path, model, image, tiling: Tiling, colors: list):
-    devices = [torch.device("cpu")] * len(tiling)
-    maps = {}
-    model.comm_net.register_forward_hook(lambda _, inputs, output: maps.update(sent=inputs[0][0], received=output[0]))
+# idea.png
+
+class Recorder:
+    """A forward hook of the communication network: keeps the map that goes in and the one that comes out, (K,h,w)."""
+
+    def __call__(self, comm_net, inputs, output):
+        self.sent = inputs[0][0]
+        self.received = output[0]
+
+
+def draw_idea(path: Path, model, config: dict, image: torch.Tensor, tiling: Tiling):
+    recorder = Recorder()
+    model.comm_net.register_forward_hook(recorder)
     with torch.no_grad():
-        mask = tiling.stitch(model(tiling.split(image[None]), tiling, devices))[0].argmax(dim=0)
-    channel = maps["received"].flatten(1).std(dim=1).argmax()  # the liveliest of the K
-    sent, received = (maps[name][channel].numpy() for name in ("sent", "received"))
+        logits = run_tiles(model, image[None], tiling, [torch.device("cpu")], config, keep_logits)
+    mask = tiling.stitch(logits)[0].argmax(dim=0)
+    channel = recorder.received.flatten(1).std(dim=1).argmax()  # the liveliest of the K
+    sent = recorder.sent[channel].numpy()
+    received = recorder.received[channel].numpy()
 
-    panels = [("image in tiles,\none per GPU", apart(image[0].numpy(), tiling, GAP), "gray"),
-              ("coarse map of each tile\n(1 of its K channels)", apart(sent, tiling.coarse, 1), "viridis"),
-              ("stitched: the global\ncoarse map", sent, "viridis"),
-              ("after the\ncommunication network", received, "magma"),
-              ("each tile gets its part\nback, and decodes it", apart(received, tiling.coarse, 1), "magma"),
-              ("the mask, stitched", mask, None)]
-    figure, axes = plt.subplots(1, len(panels), figsize=(13, 2.8), layout="constrained")
-    for axis, (title, picture, cmap) in zip(axes, panels):
-        if cmap is None:
-            plots.show(axis, picture, tiling.boxes, colors)
-        else:
-            axis.imshow(picture, cmap=cmap, interpolation="nearest")
-            axis.set(xticks=[], yticks=[])
-            axis.spines[:].set_visible(False)
-        axis.set_title(title, fontsize=10)
-    for axis, step in zip(axes, ("encode", "gather", "communicate", "scatter", "decode")):
-        axis.annotate("", xy=(1.16, 0.5), xytext=(1.01, 0.5), xycoords="axes fraction", arrowprops={"arrowstyle": "->"})
-        axis.text(1.1, -0.06, step, transform=axis.transAxes, ha="center", va="top", fontsize=10, style="italic")
+    image_in_tiles = move_apart(image[0].numpy(), tiling, GAP)
+    sent_in_tiles = move_apart(sent, tiling.coarse, 1)
+    received_in_tiles = move_apart(received, tiling.coarse, 1)
+    maps = [  # title, picture, colour map, the step that follows
+        ("image in tiles,\none per GPU", image_in_tiles, "gray", "encode"),
+        ("coarse map of each tile\n(1 of its K channels)", sent_in_tiles, "viridis", "gather"),
+        ("stitched: the global\ncoarse map", sent, "viridis", "communicate"),
+        ("after the\ncommunication network", received, "magma", "scatter"),
+        ("each tile gets its part\nback, and decodes it", received_in_tiles, "magma", "decode"),
+    ]
+    figure, panels = plt.subplots(1, 6, figsize=(13, 2.8), layout="constrained")
+    for axes, (title, picture, cmap, step) in zip(panels, maps):
+        show_map(axes, picture, cmap)
+        axes.set_title(title, fontsize=10)
+        draw_arrow(axes, step)
+    plots.show(panels[-1], mask, tiling.boxes, config["colors"])
+    panels[-1].set_title("the mask, stitched", fontsize=10)
     plots.save(figure, path)
+
+
+def draw_arrow(axes, step: str):
+    """An arrow to the next picture, and below it the name of the step."""
+    arrow = {"arrowstyle": "->"}
+    axes.annotate("", xy=(1.16, 0.5), xytext=(1.01, 0.5), xycoords="axes fraction", arrowprops=arrow)
+    axes.text(1.1, -0.06, step, transform=axes.transAxes, ha="center", va="top", fontsize=10, style="italic")
 
 
 def main(run: str):
-    model, config = train.load_model(Path(run) / "best.pt")
-    image, mask = train.build_datasets(config)["test"][3]
+    model, config = load_model(Path(run, "best.pt"))
+    config["amp"] = False  # numpy, which draws the maps, knows no bfloat16
+    image, mask = build_datasets(config)["test"][3]
     tiling = build_tiling(config, mask.shape)
     draw_problem(HERE / "problem.png", image, mask, tiling, config["colors"])
-    draw_idea(HERE / "idea.png", model, image, tiling, config["colors"])
+    draw_idea(HERE / "idea.png", model, config, image, tiling)
 
 
 if __name__ == "__main__":

@@ -19,68 +19,163 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import torch
+from torch import nn
 
 import plan
-import plots
 import train
-from experiments.common import CPU_OR_GPUS, append, read, save_table, where
-from options import Parser, build_tiling, number
+from experiments.common import (CPU_OR_GPUS, append_rows, column, different, is_measured, make_folder, read_rows,
+                                save_table, where)
+from support import plots
+from support.model import build_from_config
+from support.options import Parser, number
+from support.sizes import build_tiling
 
-NETWORK = {"width": 64, "depth": 4, "channels": 3, "classes": range(7), "comm_channels": 64, "dilations": [1, 1, 1],
-           "dropout": 0.1, "recompute": False, "batch_size": 1, "grid": (8, 8), "overlap": 0,
-           "mean": [0.0] * 3, "std": [1.0] * 3, "amp": False}
-PLAIN, SILENT, TALKING, RECOMPUTED = MODELS = (
-    "plain U-Net", "without communication", "with communication", "with communication, --recompute")
-CHANGES = {PLAIN: {"grid": (1, 1), "gpus": 1, "comm_channels": 0}, SILENT: {"comm_channels": 0}, TALKING: {},
-           RECOMPUTED: {"recompute": True}}
 GPUS = torch.cuda.device_count()
-MACHINE = f"{GPUS} x {torch.cuda.get_device_name(0)}" if GPUS else "predicted"
+MACHINE = "predicted"
+if GPUS > 0:
+    MACHINE = f"{GPUS} x {torch.cuda.get_device_name(0)}"
+NETWORK = {
+    "width": 64,
+    "depth": 4,
+    "channels": 3,
+    "classes": range(7),
+    "comm_channels": 64,
+    "dilations": [1, 1, 1],
+    "dropout": 0.1,
+    "recompute": False,
+    "batch_size": 1,
+    "grid": (8, 8),
+    "overlap": 0,
+    "mean": [0.0, 0.0, 0.0],
+    "std": [1.0, 1.0, 1.0],
+    "amp": False,
+}
+SILENT, TALKING = "without communication", "with communication"
+MODELS = {  # what they change
+    "plain U-Net": {"grid": (1, 1), "gpus": 1, "comm_channels": 0},
+    SILENT: {"comm_channels": 0},
+    TALKING: {},
+    "with communication, --recompute": {"recompute": True},
+}
 FULL = "out of memory"
 
 
+# The peak of each GPU
+
+def measure(case: dict, config: dict) -> list[dict]:
+    """The rows of a case, one for each GPU."""
+    if GPUS > 0:
+        peaks = measured(config)
+    else:
+        peaks = predicted(config)
+    return [{**case, "gpu": i, "peak_mib": peak} for i, peak in enumerate(peaks)]
+
+
 def measured(config: dict) -> list:
-    """Peak MiB of each GPU in a real training step."""
+    """Peak MiB of each GPU in a real training step, or FULL."""
     devices = CPU_OR_GPUS[:config["gpus"]]
     gc.collect()  # what a step that did not fit has left
     for device in devices:
         torch.cuda.reset_peak_memory_stats(device)
     try:
-        model = train.build_model(config).to(devices[0])
-        optimizer = torch.optim.Adam(model.parameters(), fused=True)
-        images = torch.rand(config["batch_size"], config["channels"], *config["image_size"])
-        masks = torch.zeros(config["batch_size"], *config["image_size"], dtype=torch.uint8)
-        for _ in range(2):  # the first one makes Adam's averages
-            optimizer.zero_grad()
-            train.batch_loss(model, images, masks, build_tiling(config, config["image_size"]), devices).backward()
-            optimizer.step()
+        make_two_steps(config, devices)
     except torch.OutOfMemoryError:
         return [FULL] * len(devices)
     return [torch.cuda.max_memory_allocated(device) / 2**20 for device in devices]
 
 
-def predicted(config: dict) -> list:
+def make_two_steps(config: dict, devices: list[torch.device]):
+    """Two training steps, as the first one makes Adam's averages."""
+    model = build_from_config(config).to(devices[0])
+    optimizer = torch.optim.Adam(model.parameters(), fused=True)
+    batch, (height, width) = config["batch_size"], config["image_size"]
+    images = torch.rand(batch, config["channels"], height, width)
+    masks = torch.zeros(batch, height, width, dtype=torch.uint8)
+    tiling = build_tiling(config, (height, width))
+    for _ in range(2):
+        optimizer.zero_grad()
+        loss = train.batch_loss(model, images, masks, tiling, devices, config)
+        loss.backward()
+        optimizer.step()
+
+
+def predicted(config: dict) -> list[float]:
     """The same from fake tensors: every tile is run, since plan.predict's straight line holds only for large tiles."""
-    peak = plan.fake_step(config).peak
-    return [peak[f"cpu:{i + 1}"] / 2**20 for i in range(config["gpus"])]
+    memory, _ = plan.fake_step(config)
+    return [memory.peak[f"cpu:{i + 1}"] / 2**20 for i in range(config["gpus"])]
 
 
-def draw(path: Path, results: list[dict]):
+# Tables
+
+def save_tables(folder: Path, rows: list[dict], network: dict):
+    peaks, shares = [], []
+    for size in different(rows, "size"):
+        of_size = where(rows, size=size)
+        if set(column(of_size, "model")) != set(MODELS):
+            continue  # an earlier run was stopped here
+        image = f"{size:.0f}x{size:.0f}"
+        peaks.append([image] + [peaks_in_gib(where(of_size, model=name)) for name in MODELS])
+        shares.append([image] + share_of_communication(of_size, size, network))
+
+    save_table(folder / "memory.md", ["image"] + [f"{name}, GiB" for name in MODELS], peaks)
+    print("First GPU 0, then the others where they differ.")
+    header = ["image", "parameters of the communication network", "its coarse map, MiB",
+              "peak memory it adds on GPU 0, MiB"]
+    save_table(folder / "communication.md", header, shares)
+
+
+def peaks_in_gib(rows: list[dict]) -> str:
+    """The different peaks of the GPUs, in their order."""
+    peaks = []
+    for row in rows:
+        peak = row["peak_mib"]
+        if peak != FULL:
+            peak = f"{peak / 2**10:.2f}"
+        if peak not in peaks:
+            peaks.append(peak)
+    return " / ".join(peaks)
+
+
+def share_of_communication(rows: list[dict], size: float, network: dict) -> list[str]:
+    """What the communication network has of the parameters, and of the memory of GPU 0 for images of one size."""
+    model = build_from_config(network)
+    coarse_side = size / 2 ** network["depth"]
+    coarse_bytes = 4 * network["batch_size"] * network["comm_channels"] * coarse_side**2
+    silent = where(rows, model=SILENT)[0]["peak_mib"]
+    talking = where(rows, model=TALKING)[0]["peak_mib"]
+    if FULL in (silent, talking):
+        more = FULL
+    else:
+        more = f"{talking - silent:.1f} ({(talking - silent) / silent:.1%})"
+    return [f"{count(model.comm_net):,} of {count(model):,}", f"{coarse_bytes / 2**20:.2f}", more]
+
+
+def count(model: nn.Module) -> int:
+    """The number of parameters."""
+    return sum(weight.numel() for weight in model.parameters())
+
+
+# The picture
+
+def draw(path: Path, rows: list[dict]):
     """A solid line for GPU 0, which also runs the communication network, a dashed one for the fullest of the others."""
     figure, axes = plt.subplots(figsize=(7.6, 4.8), layout="constrained")
-    fits = [row for row in results if row["peak_mib"] != FULL]
     for i, name in enumerate(MODELS):
-        mine = where(fits, model=name)
-        for others, style in ((False, "-"), (True, "--")):
-            sizes = sorted({row["size"] for row in mine if (row["gpu"] > 0) == others})
-            peaks = [max(row["peak_mib"] for row in where(mine, size=size) if (row["gpu"] > 0) == others) / 2**10
-                     for size in sizes]
-            if peaks:
-                axes.plot([math.log2(size) for size in sizes], peaks, f"o{style}", color=f"C{i}", markersize=4,
-                          label=None if others else name, linewidth=1 if others else 4 if name == SILENT else 2)
+        first, others = [], []
+        for row in where(rows, model=name):
+            if row["peak_mib"] == FULL:
+                continue
+            if row["gpu"] == 0:
+                first.append(row)
+            else:
+                others.append(row)
+        width = 4 if name == SILENT else 2  # its line would hide behind that with communication
+        draw_largest(axes, first, "o-", color=f"C{i}", markersize=4, label=name, linewidth=width)
+        draw_largest(axes, others, "o--", color=f"C{i}", markersize=4, linewidth=1)
     axes.set_yscale("log")
     axes.set_yticks([0.01, 0.1, 1, 10, 100, 1000], ["0.01", "0.1", "1", "10", "100", "1000"])
     axes.autoscale(axis="y")
-    sizes = sorted({int(row["size"]) for row in results})
+    sizes = [int(size) for size in different(rows, "size")]
     axes.set_xticks([math.log2(size) for size in sizes], [f"{size}x{size}" for size in sizes])
     for card in (24, 80):
         axes.axhline(card, color="gray", linestyle=":")
@@ -93,27 +188,14 @@ def draw(path: Path, results: list[dict]):
     plots.save(figure, path)
 
 
-def peak(row: dict) -> str:
-    return FULL if row["peak_mib"] == FULL else f"{row['peak_mib'] / 2**10:.2f}"
-
-
-def save_tables(folder: Path, rows: list[dict], network: dict):
-    table, share, model = [], [], train.build_model(network)
-    parameters, everything = (sum(weight.numel() for weight in part.parameters()) for part in (model.comm_net, model))
-    for size in sorted({row["size"] for row in rows}):
-        gpus = {name: where(rows, size=size, model=name) for name in MODELS}
-        if not all(gpus.values()):
-            continue  # an earlier run was stopped here
-        image = f"{size:.0f}x{size:.0f}"
-        table.append([image, *(" / ".join(dict.fromkeys(map(peak, gpus[name]))) for name in MODELS)])
-        silent, talking = gpus[SILENT][0]["peak_mib"], gpus[TALKING][0]["peak_mib"]
-        coarse = 4 * network["batch_size"] * network["comm_channels"] * (size / 2 ** network["depth"]) ** 2 / 2**20
-        more = FULL if FULL in (silent, talking) else f"{talking - silent:.1f} ({(talking - silent) / silent:.1%})"
-        share.append([image, f"{parameters:,} of {everything:,}", f"{coarse:.2f}", more])
-    save_table(folder / "memory.md", ["image", *(f"{name}, GiB" for name in MODELS)], table)
-    print("First GPU 0, then the others where they differ.")
-    save_table(folder / "communication.md", ["image", "parameters of the communication network",
-                                             "its coarse map, MiB", "peak memory it adds on GPU 0, MiB"], share)
+def draw_largest(axes, rows: list[dict], line: str, **style):
+    """A line through the largest peak at each size of the image. No rows, no line."""
+    positions, peaks = [], []
+    for size in different(rows, "size"):
+        positions.append(math.log2(size))
+        peaks.append(max(column(where(rows, size=size), "peak_mib")) / 2**10)
+    if rows:
+        axes.plot(positions, peaks, line, **style)
 
 
 def main(arguments: list[str] | None = None):
@@ -122,22 +204,22 @@ def main(arguments: list[str] | None = None):
                         help="sides of the image")
     parser.add_argument("--quick", action="store_true", help="a smoke run")
     asked = parser.parse_args(arguments)
-    folder, network = Path("runs/memory"), NETWORK | {"gpus": GPUS or 4}
+    gpus = GPUS or 4
+    network = {**NETWORK, "gpus": gpus}
     if asked.quick:
-        folder, asked.sizes = Path("runs/memory-quick"), [64, 128]
-        network |= {"width": 2, "depth": 2, "comm_channels": 8, "grid": (1, 2), "gpus": min(network["gpus"], 2)}
-    folder.mkdir(parents=True, exist_ok=True)
+        asked.sizes = [64, 128]
+        network.update(width=2, depth=2, comm_channels=8, grid=(1, 2), gpus=min(gpus, 2))
 
+    folder = make_folder("memory", asked.quick)
     results = folder / "memory.csv"
     for size in asked.sizes:
-        for name, changes in CHANGES.items():
-            if where(read(results), machine=MACHINE, size=size, model=name):
-                continue
-            peaks = (measured if GPUS else predicted)(network | changes | {"image_size": (size, size)})
-            append(results, [{"machine": MACHINE, "size": size, "model": name, "gpu": i, "peak_mib": mib}
-                             for i, mib in enumerate(peaks)])
+        for name, changes in MODELS.items():
+            case = {"machine": MACHINE, "size": size, "model": name}
+            if not is_measured(results, case):
+                config = {**network, **changes, "image_size": (size, size)}
+                append_rows(results, measure(case, config))
 
-    rows = where(read(results), machine=MACHINE)
+    rows = where(read_rows(results), machine=MACHINE)
     save_tables(folder, rows, network)
     draw(folder / "memory.png", rows)
 

@@ -2,8 +2,8 @@
 
     python -m experiments.qualitative [options of train.py]
 
-Trains each model with three seeds (nine runs; one that is there already is not repeated), prints a
-table of test IoU and draws qualitative.png: image, true mask, and the masks of the three models with the first seed.
+Trains each model with three seeds (nine runs; one that is there already is not repeated), prints a table of test IoU
+and draws qualitative.png: image, true mask, and the masks of the three models with the first seed.
 --quick: one seed and a few steps, in seconds. Runs, table and picture go to runs/qualitative or runs/qualitative-quick;
 the picture of the README is the first, copied here.
 """
@@ -13,38 +13,73 @@ from pathlib import Path
 
 import torch
 
-import plots
-import train
-from experiments.common import MODELS, QUICK, mean_and_spread, trained
-from options import build_tiling
+from experiments.common import MODELS, QUICK, make_folder, mean_and_spread, save_table, trained
+from support import plots
+from support.datasets import build_datasets
+from support.model import load_model
+from support.sizes import build_tiling
+from train import predict_some
+
+
+def train_all(name: str, folder: Path, options: list[str], seeds: list[int]) -> list[dict]:
+    """The metrics of a model with each seed."""
+    metrics = []
+    for seed in seeds:
+        out = run_folder(folder, name, seed)
+        metrics.append(trained(out, options + MODELS[name] + ["--seed", str(seed)]))
+    return metrics
+
+
+def run_folder(folder: Path, name: str, seed: int) -> Path:
+    return folder / f"{name.split()[0]}-seed{seed}"
+
+
+def save_scores(path: Path, metrics: dict[str, list[dict]]):
+    """metrics: those of each model with each seed."""
+    table = []
+    for name, runs in metrics.items():
+        classes = list(runs[0]["test"]["iou"])
+        cells = [name]
+        for label in classes:
+            cells.append(mean_and_spread([run["test"]["iou"][label] for run in runs]))
+        cells.append(mean_and_spread([run["test"]["mean_iou"] for run in runs]))
+        cells.append(f"{runs[0]['parameters']:,}")
+        table.append(cells)
+    save_table(path, ["model"] + [f"IoU {label}" for label in classes] + ["mean IoU", "parameters"], table)
+
+
+def draw(path: Path, checkpoints: dict[str, Path]):
+    """Test images, their masks, and the masks that each model predicts. All show the tiles of the first model.
+
+    checkpoints: the file of each model.
+    """
+    columns = {}
+    boxes = []
+    for name, checkpoint in checkpoints.items():
+        model, config = load_model(checkpoint)
+        dataset = build_datasets(config)["test"]
+        pictures = predict_some(model, dataset, config, [torch.device("cpu")])
+        columns["image"] = pictures["image"]
+        columns["true mask"] = pictures["true mask"]
+        columns[name.replace(" ", "\n", 1)] = pictures["prediction"]
+        if not boxes:
+            boxes = [build_tiling(config, mask.shape).boxes for mask in pictures["true mask"]]
+    plots.draw_predictions(path, columns, boxes, config["classes"], config["colors"])
 
 
 def main(arguments: list[str]):
     quick = "--quick" in arguments
-    options, seeds = (QUICK, [0]) if quick else (arguments, [0, 1, 2])
-    folder = Path("runs/qualitative-quick" if quick else "runs/qualitative")
+    options, seeds = arguments, [0, 1, 2]
+    if quick:
+        options, seeds = QUICK, [0]
 
-    table, columns, boxes = [], {}, None
-    for name, flags in MODELS.items():
-        runs = {seed: folder / f"{name.split()[0]}-seed{seed}" for seed in seeds}
-        metrics = [trained(out, [*options, *flags, "--seed", str(seed)]) for seed, out in runs.items()]
-        scores = [mean_and_spread([run["test"]["iou"][label] for run in metrics]) for label in metrics[0]["test"]["iou"]]
-        mean = mean_and_spread([run["test"]["mean_iou"] for run in metrics])
-        table.append(f"| {name} | {' | '.join(scores)} | {mean} | {metrics[0]['parameters']:,} |")
-
-        checkpoint = runs[seeds[0]] / "best.pt"
-        model, config = train.load_model(checkpoint)
-        data = train.build_datasets(config)["test"]
-        pictures = train.predict_some(model, data, config, [torch.device("cpu")])
-        columns["image"], columns["true mask"] = pictures["image"], pictures["true mask"]
-        columns[name.replace(" ", "\n", 1)] = pictures["prediction"]
-        boxes = boxes or [build_tiling(config, mask.shape).boxes for mask in pictures["true mask"]]  # of the first model
-
-    names = " | ".join(f"IoU {label}" for label in metrics[0]["test"]["iou"])
-    lines = [f"| model | {names} | mean IoU | parameters |", "|---" * (names.count("|") + 4) + "|", *table]
-    (folder / "table.md").write_text("\n".join(lines) + "\n")
-    print("\n" + "\n".join(lines))
-    plots.draw_predictions(folder / "qualitative.png", columns, boxes, config["classes"], config["colors"])
+    folder = make_folder("qualitative", quick)
+    metrics, checkpoints = {}, {}
+    for name in MODELS:
+        metrics[name] = train_all(name, folder, options, seeds)
+        checkpoints[name] = run_folder(folder, name, seeds[0]) / "best.pt"
+    save_scores(folder / "table.md", metrics)
+    draw(folder / "qualitative.png", checkpoints)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import torch
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-import plots
+from support import plots
 
 
 @pytest.fixture(autouse=True)
@@ -24,3 +24,12 @@ def no_pictures(monkeypatch):
     """To draw a run takes longer than what most tests do in it: for these its pictures are empty files."""
     for name in ("draw_curves", "draw_predictions"):
         monkeypatch.setattr(plots, name, lambda path, *_: path.touch())
+
+
+@pytest.fixture
+def in_float64(monkeypatch):
+    """Networks, images and the sums of the loss in float64, so that only true differences are seen."""
+    torch.set_default_dtype(torch.float64)
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+    yield
+    torch.set_default_dtype(torch.float32)

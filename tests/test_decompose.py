@@ -1,4 +1,5 @@
 import copy
+import itertools
 
 import pytest
 import torch
@@ -9,220 +10,398 @@ from comm_net import CommNet
 from decompose import DecomposedUNet, Tiling
 from unet import Decoder, Encoder, UNet
 
+try:
+    from pretend_device import DEVICE, PretendDevice  # here, as autograd must know the device before its first pass
+except pytest.skip.Exception:  # the tests that need no second device can do without
+    DEVICE = None
+
 CPU = torch.device("cpu")
 
 
 def decomposed(unet: UNet, comm_net=None, comm_channels=0) -> DecomposedUNet:
     """The same weights, tile by tile."""
-    return DecomposedUNet(copy.deepcopy(unet.encoder), copy.deepcopy(unet.decoder), comm_net, comm_channels)
+    encoder = copy.deepcopy(unet.encoder)
+    decoder = copy.deepcopy(unet.decoder)
+    return DecomposedUNet(encoder, decoder, comm_net, comm_channels)
 
 
-def run(model, image, tiling, **options):
-    return tiling.stitch(model(tiling.split(image), tiling, [CPU] * len(tiling), **options))
+def run_tiles(model, image, tiling):
+    """The logits of each tile, on the CPU."""
+    return model(tiling.split(image), tiling, [CPU] * len(tiling))
+
+
+def run(model, image, tiling):
+    """The logits of the image."""
+    return tiling.stitch(run_tiles(model, image, tiling))
 
 
 # Tiling
 
-@pytest.mark.parametrize("grid", [(1, 1), (1, 4), (2, 2), (3, 2), (5, 3)])
-@pytest.mark.parametrize("size", [(64, 64), (40, 72), (41, 67)])  # even, uneven tiles, padded
-@pytest.mark.parametrize("overlap", [0, 8, 24])
+SOME_SIZES = [(64, 64), (40, 72), (41, 67)]  # even, uneven tiles, padded
+SOME_GRIDS = [(1, 1), (1, 4), (2, 2), (3, 2), (5, 3)]
+SOME_OVERLAPS = [0, 8, 24]
+CUTS = list(itertools.product(SOME_SIZES, SOME_GRIDS, SOME_OVERLAPS))
+
+
+@pytest.mark.parametrize("size, grid, overlap", CUTS)
 def test_split_then_stitch_is_the_identity(size, grid, overlap):
     tiling = Tiling(size, grid, 8, overlap)
     image = torch.randn(2, 3, *size)
-    tiles = [tiling.crop(i, tile) for i, tile in enumerate(tiling.split(image))]
-    assert torch.equal(tiling.stitch(tiles), image)
-    assert torch.equal(tiling.stitch(tiling.split(image, overlap=False)), image)
-    assert all(side % 8 == 0 for tile in tiling.split(image) for side in tile.shape[-2:])
+    cropped = []
+    for i, tile in enumerate(tiling.split(image)):
+        cropped.append(tiling.crop(i, tile))
+    assert torch.equal(tiling.stitch(cropped), image)
+    without_overlap = tiling.split(image, overlap=False)
+    assert torch.equal(tiling.stitch(without_overlap), image)
+
+
+@pytest.mark.parametrize("size, grid, overlap", CUTS)
+def test_the_sides_of_tiles_are_whole_cells(size, grid, overlap):
+    tiling = Tiling(size, grid, 8, overlap)
+    for tile in tiling.split(torch.randn(2, 3, *size)):
+        height, width = tile.shape[-2:]
+        assert height % 8 == 0
+        assert width % 8 == 0
 
 
 def test_tiles_are_row_major_and_as_equal_as_whole_cells_allow():
     assert Tiling((2448, 2448), (2, 2), 16).boxes == [
-        (0, 1232, 0, 1232), (0, 1232, 1232, 2448), (1232, 2448, 0, 1232), (1232, 2448, 1232, 2448)]
-    assert Tiling((8, 56), (1, 3), 8).boxes == [(0, 8, 0, 24), (0, 8, 24, 40), (0, 8, 40, 56)]
+        (0, 1232, 0, 1232),
+        (0, 1232, 1232, 2448),
+        (1232, 2448, 0, 1232),
+        (1232, 2448, 1232, 2448),
+    ]
+    assert Tiling((8, 56), (1, 3), 8).boxes == [
+        (0, 8, 0, 24),
+        (0, 8, 24, 40),
+        (0, 8, 40, 56),
+    ]
 
 
 def test_overlap_ends_at_the_border_of_the_image():
     tiling = Tiling((32, 32), (2, 2), 8, overlap=8)
-    assert tiling.halos == [(0, 24, 0, 24), (0, 24, 8, 32), (8, 32, 0, 24), (8, 32, 8, 32)]
+    assert tiling.halos == [
+        (0, 24, 0, 24),
+        (0, 24, 8, 32),
+        (8, 32, 0, 24),
+        (8, 32, 8, 32),
+    ]
 
 
 def test_the_coarse_tiling_is_the_same_tiling_in_cells():
     tiling = Tiling((45, 60), (2, 3), 4, overlap=8)
-    for fine, coarse in ((tiling.boxes, tiling.coarse.boxes), (tiling.halos, tiling.coarse.halos)):
-        assert fine == [tuple(4 * side for side in box) for box in coarse]
+    pixels = torch.tensor(tiling.boxes)
+    cells = torch.tensor(tiling.coarse.boxes)
+    assert torch.equal(pixels, 4 * cells)
+    pixels_with_overlap = torch.tensor(tiling.halos)
+    cells_with_overlap = torch.tensor(tiling.coarse.halos)
+    assert torch.equal(pixels_with_overlap, 4 * cells_with_overlap)
 
 
 def test_split_copies_nothing_but_padded_tiles_and_fills_those():
     image = torch.ones(1, 1, 16, 20)
     left, right = Tiling((16, 20), (1, 2), 8).split(image, fill=255)
     assert left.untyped_storage().data_ptr() == image.untyped_storage().data_ptr()
-    assert right.shape == (1, 1, 16, 8) and (right[..., 4:] == 255).all() and (right[..., :4] == 1).all()
+    assert right.shape == (1, 1, 16, 8)
+    assert (right[..., :4] == 1).all()
+    assert (right[..., 4:] == 255).all()
+
+
+class GradientsOfCuts(TorchDispatchMode):
+    """Counts the pixels of the gradients that the backward pass makes for cuts."""
+
+    pixels = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        if function is torch.ops.aten.slice_backward.default:
+            self.pixels += out.numel()
+        return out
 
 
 def test_to_split_costs_a_gradient_of_a_strip_per_tile_and_not_one_of_the_image():
-    class Made(TorchDispatchMode):
-        pixels = 0
-
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            out = function(*args, **(kwargs or {}))
-            if function is torch.ops.aten.slice_backward.default:
-                self.pixels += out.numel()
-            return out
-
     image = torch.zeros(32, 32, requires_grad=True)
-    with Made() as made:
-        sum(tile.sum() for tile in Tiling((32, 32), (8, 8)).split(image)).backward()
-    assert 0 < made.pixels <= 16 * 32 * 32  # as much as 16 images; 64 tiles with a gradient of the image each were 64
+    with GradientsOfCuts() as gradients:
+        total = 0
+        for tile in Tiling((32, 32), (8, 8)).split(image):
+            total = total + tile.sum()
+        total.backward()
+    images = gradients.pixels / image.numel()
+    assert 0 < images <= 16  # 64 tiles with a gradient of the image each would make 64
 
 
 @pytest.mark.parametrize("grid, overlap, message", [
-    ((5, 1), 0, "5 rows of tiles.*32x32.*8x8 can have 1 to 4"), ((0, 1), 0, "0 rows"), ((1, 9), 0, "9 columns"),
-    ((2, 2), 4, "overlap of 4 pixels.*multiple of the cell, 8"), ((2, 2), -8, "overlap of -8")])
+    ((5, 1), 0, "5 rows of tiles.*32x32.*8x8 can have 1 to 4"),
+    ((0, 1), 0, "0 rows"),
+    ((1, 9), 0, "9 columns"),
+    ((2, 2), 4, "overlap of 4 pixels.*multiple of the cell, 8"),
+    ((2, 2), -8, "overlap of -8"),
+])
 def test_a_tiling_that_cannot_be_is_refused(grid, overlap, message):
     with pytest.raises(ValueError, match=message):
         Tiling((32, 32), grid, 8, overlap)
 
 
+@pytest.mark.parametrize("size", [(12, 8), (16, 24)])
+def test_an_image_must_fit_the_tiling(size):
+    tiling = Tiling((8, 12), (2, 3), 4)
+    with pytest.raises(ValueError, match="made for 8 rows, 12 columns"):
+        tiling.split(torch.zeros(1, 1, *size))
+
+
 # DecomposedUNet against the plain U-Net
+
+def assert_same_gradients(model, other, tolerance):
+    """The weights of both have the same names."""
+    expected = dict(other.named_parameters())
+    for name, weight in model.named_parameters():
+        torch.testing.assert_close(weight.grad, expected[name].grad, rtol=0, atol=tolerance)
+
+
+def assert_same_buffers(model, other, tolerance):
+    expected = dict(other.named_buffers())
+    for name, buffer in model.named_buffers():
+        torch.testing.assert_close(buffer, expected[name], rtol=0, atol=tolerance)
+
 
 def test_one_tile_without_communication_is_the_unet():
     unet = UNet(2, 3, 4, 2, dropout=0).double()
-    model, tiling = decomposed(unet), Tiling((24, 32), (1, 1), 4)
+    model = decomposed(unet)
+    tiling = Tiling((24, 32), (1, 1), 4)
     image = torch.randn(3, 2, 24, 32, dtype=torch.double)
-    expected, out = unet(image), run(model, image, tiling)
-    torch.testing.assert_close(out, expected, rtol=0, atol=0)
-    for logits in (expected, out):
-        logits.square().sum().backward()
-    twin = dict(unet.named_parameters())
-    for name, weight in model.named_parameters():
-        torch.testing.assert_close(weight.grad, twin[name].grad, rtol=0, atol=1e-12)
-    for name, buffer in unet.named_buffers():
-        torch.testing.assert_close(dict(model.named_buffers())[name], buffer, rtol=0, atol=1e-15)
+    expected = unet(image)
+    logits = run(model, image, tiling)
+    torch.testing.assert_close(logits, expected, rtol=0, atol=0)
+    expected.square().sum().backward()
+    logits.square().sum().backward()
+    assert_same_gradients(model, unet, tolerance=1e-12)
+    assert_same_buffers(model, unet, tolerance=1e-15)
 
 
-@pytest.mark.parametrize("grid", [(2, 2), (1, 4), (5, 3)])
-@pytest.mark.parametrize("size", [(80, 96), (76, 96)])
-def test_with_an_overlap_as_wide_as_its_field_of_view_every_grid_is_the_unet(grid, size):
+@pytest.fixture
+def used_unet():
+    """A U-Net of depth 2, which sees 22 pixels far, in evaluation mode and with running statistics that matter."""
     unet = UNet(1, 3, 2, 2).double()
-    unet(torch.randn(2, 1, 32, 32, dtype=torch.double))  # running statistics that matter
-    unet.eval()
+    unet(torch.randn(2, 1, 32, 32, dtype=torch.double))
+    return unet.eval()
+
+
+GRIDS = pytest.mark.parametrize("grid", [(2, 2), (1, 4), (5, 3)])
+SIZES = pytest.mark.parametrize("size", [(80, 96), (76, 96)])
+
+
+def largest_difference(unet, size, grid, overlap):
+    """Between the U-Net on an image, and the same U-Net on its tiles."""
     image = torch.randn(2, 1, *size, dtype=torch.double)
-    tiling = Tiling(size, grid, 4, overlap=24)  # the U-Net sees 22 pixels beyond a tile at depth 2
-    torch.testing.assert_close(run(decomposed(unet).eval(), image, tiling), unet(image), rtol=0, atol=1e-10)
-    narrow = Tiling(size, grid, 4, overlap=4)
-    assert (run(decomposed(unet).eval(), image, narrow) - unet(image)).abs().max() > 1e-6
+    tiling = Tiling(size, grid, 4, overlap)
+    model = decomposed(unet).eval()
+    difference = run(model, image, tiling) - unet(image)
+    return difference.abs().max().item()
+
+
+@GRIDS
+@SIZES
+def test_with_an_overlap_as_wide_as_its_field_of_view_every_grid_is_the_unet(used_unet, grid, size):
+    assert largest_difference(used_unet, size, grid, overlap=24) < 1e-10
+
+
+@GRIDS
+@SIZES
+def test_with_an_overlap_narrower_than_its_field_of_view_no_grid_is_the_unet(used_unet, grid, size):
+    assert largest_difference(used_unet, size, grid, overlap=4) > 1e-6
 
 
 def test_running_statistics_are_the_mean_over_tiles():
     unet = UNet(1, 2, 2, 1, dropout=0).double()
-    image, tiling = torch.randn(2, 1, 12, 16, dtype=torch.double), Tiling((12, 16), (2, 3), 2)
-    alone = [copy.deepcopy(unet) for _ in range(len(tiling))]
-    for net, tile in zip(alone, tiling.split(image)):
-        net(tile)
+    image = torch.randn(2, 1, 12, 16, dtype=torch.double)
+    tiling = Tiling((12, 16), (2, 3), 2)
+    buffers_of_tiles = []
+    for tile in tiling.split(image):
+        alone = copy.deepcopy(unet)
+        alone(tile)
+        buffers_of_tiles.append(dict(alone.named_buffers()))
     model = decomposed(unet)
     run(model, image, tiling)
     for name, buffer in model.named_buffers():
-        new = [dict(net.named_buffers())[name] for net in alone]
-        expected = torch.stack(new).mean(dim=0) if buffer.is_floating_point() else torch.tensor(1)
+        if buffer.is_floating_point():
+            new = [buffers[name] for buffers in buffers_of_tiles]
+            expected = torch.stack(new).mean(dim=0)
+        else:
+            expected = torch.tensor(1)  # the number of steps
         torch.testing.assert_close(buffer, expected, rtol=0, atol=1e-15)
 
 
 def test_evaluation_leaves_the_buffers_alone():
-    model, tiling = decomposed(UNet(1, 2, 2, 1), CommNet(4), 4).eval(), Tiling((8, 8), (2, 2), 2)
+    model = decomposed(UNet(1, 2, 2, 1), CommNet(4), 4).eval()
+    tiling = Tiling((8, 8), (2, 2), 2)
     before = copy.deepcopy(model.state_dict())
     run(model, torch.randn(1, 1, 8, 8), tiling)
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name])
 
 
 # Communication
 
-def gradient_of_first_tile_with_respect_to_last(comm_net, k):
-    """1x4 tiles of 16 pixels at depth 1: coarse cells of 2 pixels, 8 to a tile."""
-    model = DecomposedUNet(Encoder(1, 8, 1), Decoder(2, 8, 1), comm_net, k).double().eval()
+def influence_on_first_tile(comm_net, comm_channels):
+    """The largest gradient of the first tile's logits with respect to a pixel of each tile.
+
+    The tiles are 1x4 of 16 pixels. At depth 1 a cell is 2 pixels wide, so a tile is 8 cells wide.
+    """
+    encoder = Encoder(1, 8, 1)
+    decoder = Decoder(2, 8, 1)
+    model = DecomposedUNet(encoder, decoder, comm_net, comm_channels).double().eval()
     tiling = Tiling((16, 64), (1, 4), 2)
     image = torch.randn(1, 1, 16, 64, dtype=torch.double, requires_grad=True)
-    first, *_ = model(tiling.split(image), tiling, [CPU] * 4)
-    first.square().sum().backward()
+    logits = run_tiles(model, image, tiling)[0]
+    logits.square().sum().backward()
     return [tile.abs().max().item() for tile in tiling.split(image.grad)]
 
 
-def test_tiles_hear_of_each_other_through_the_communication_network_alone_and_within_its_reach():
-    alone = gradient_of_first_tile_with_respect_to_last(None, 0)
-    assert alone[0] > 0 and alone[1:] == [0, 0, 0]
-    heard = gradient_of_first_tile_with_respect_to_last(CommNet(4), 4)  # reach: 6 cells, 12 pixels
-    assert heard[0] > 0 and heard[1] > 0 and heard[2:] == [0, 0]
+def test_without_a_communication_network_tiles_hear_nothing_of_each_other():
+    influence = influence_on_first_tile(None, 0)
+    assert influence[0] > 0
+    assert influence[1:] == [0, 0, 0]
+
+
+def test_with_a_communication_network_tiles_hear_of_each_other_within_its_reach():
+    influence = influence_on_first_tile(CommNet(4), 4)  # reach: 6 cells, 12 pixels
+    assert influence[0] > 0
+    assert influence[1] > 0
+    assert influence[2:] == [0, 0]
+
+
+class RememberingDecoder(nn.Module):
+    """Keeps the coarse maps that it is given, and returns them."""
+
+    def __init__(self):
+        super().__init__()
+        self.coarse_maps = []
+
+    def forward(self, skips, coarse):
+        self.coarse_maps.append(coarse)
+        return coarse
+
+
+class AlwaysMinusSeven(nn.Module):
+    def forward(self, coarse_map):
+        return torch.full_like(coarse_map, -7)
+
+
+def coarse_maps_before_and_after(comm_net):
+    """For each tile the coarse map of four channels, and the same after communication of the last three."""
+    encoder = Encoder(1, 2, 1).eval()
+    decoder = RememberingDecoder()
+    tiling = Tiling((8, 8), (2, 2), 2)
+    image = torch.randn(1, 1, 8, 8)
+    run_tiles(DecomposedUNet(encoder, decoder, comm_net, 3), image, tiling)
+    pairs = []
+    for tile, after in zip(tiling.split(image), decoder.coarse_maps, strict=True):
+        _, before = encoder(tile)
+        pairs.append((before, after))
+    return pairs
+
+
+def test_a_communication_network_that_changes_nothing_leaves_the_coarse_maps_as_they_are():
+    for before, after in coarse_maps_before_and_after(nn.Identity()):
+        torch.testing.assert_close(after, before)
 
 
 def test_communication_replaces_the_last_k_channels_and_only_those():
-    seen = {}
+    for before, after in coarse_maps_before_and_after(AlwaysMinusSeven()):
+        torch.testing.assert_close(after[:, :1], before[:, :1])
+        assert after.shape == (1, 4, 2, 2)
+        assert (after[:, 1:] == -7).all()
 
-    class Remember(nn.Module):
-        def forward(self, skips, coarse):
-            seen[len(seen)] = coarse
-            return coarse
 
-    encoder, tiling = Encoder(1, 2, 1).eval(), Tiling((8, 8), (2, 2), 2)
-    image = torch.randn(1, 1, 8, 8)
-    model = DecomposedUNet(encoder, Remember(), nn.Flatten(0, 0), 3)  # a network that changes nothing
-    model(tiling.split(image), tiling, [CPU] * 4)
-    for i, tile in enumerate(tiling.split(image)):
-        torch.testing.assert_close(seen[i], encoder(tile)[1])
-    constant = DecomposedUNet(encoder, Remember(), nn.Hardtanh(-8, -7), 3)  # a network that always says -7
-    seen.clear()
-    constant(tiling.split(image), tiling, [CPU] * 4)
-    for i, tile in enumerate(tiling.split(image)):
-        torch.testing.assert_close(seen[i][:, :1], encoder(tile)[1][:, :1])
-        assert (seen[i][:, 1:] == -7).all()
+class EverySecondPixel(nn.Module):
+    """An encoder whose coarse map says where the tile is: it holds the values of the tile's own pixels."""
+
+    def forward(self, tile):
+        return [], tile[..., ::2, ::2]
+
+
+class EachPixelTwice(nn.Module):
+    """A decoder that makes a coarse map as large as the tile."""
+
+    def forward(self, skips, coarse):
+        return coarse.repeat_interleave(2, -1).repeat_interleave(2, -2)
 
 
 def test_with_overlap_the_communicated_map_is_that_of_the_tiles_without_it():
-    """Every cell of the global coarse map comes from the tile that owns it, halo cells come back from there."""
-    class Ones(nn.Module):  # a tile's coarse map says where it is: the value of its own pixels
-        def forward(self, tile):
-            return [], tile[..., ::2, ::2]
-
-    class Take(nn.Module):
-        def forward(self, skips, coarse):
-            return coarse.repeat_interleave(2, -1).repeat_interleave(2, -2)
-
+    """Every cell of the global coarse map comes from the tile that owns it, and halo cells come back from there."""
+    encoder = EverySecondPixel()
+    decoder = EachPixelTwice()
     image = torch.arange(64.0).reshape(1, 1, 8, 8)
     tiling = Tiling((8, 8), (2, 2), 2, overlap=2)
-    out = run(DecomposedUNet(Ones(), Take(), nn.Identity(), 1), image, tiling)
-    torch.testing.assert_close(out, image[..., ::2, ::2].repeat_interleave(2, -1).repeat_interleave(2, -2))
+    out = run(DecomposedUNet(encoder, decoder, nn.Identity(), 1), image, tiling)
+    skips, coarse = encoder(image)
+    torch.testing.assert_close(out, decoder(skips, coarse))
+
+
+class Halves(nn.Module):
+    def forward(self, coarse_map):
+        return coarse_map / 2
+
+
+def test_with_overlap_every_cell_of_a_tile_comes_back_through_the_communication_network():
+    """Also the cells of its neighbours that it sees: the decoder is given none that were not communicated."""
+    decoder = RememberingDecoder()
+    image = torch.arange(64.0).reshape(1, 1, 8, 8)
+    tiling = Tiling((8, 8), (2, 2), 2, overlap=2)
+    run_tiles(DecomposedUNet(EverySecondPixel(), decoder, Halves(), 1), image, tiling)
+    expected = tiling.coarse.split(image[..., ::2, ::2] / 2)
+    for seen, tile in zip(decoder.coarse_maps, expected, strict=True):
+        torch.testing.assert_close(seen, tile)
+
+
+class ToyEncoder(nn.Module):
+    """One strided convolution. Its "skips" are a dictionary."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 6, 4, stride=4)
+
+    def forward(self, tile):
+        return {"tile": tile}, self.conv(tile)
+
+
+class ToyDecoder(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up = nn.ConvTranspose2d(6, 5, 4, stride=4)
+
+    def forward(self, skips, coarse):
+        return self.up(coarse) + skips["tile"].mean(dim=1, keepdim=True)
 
 
 def test_any_encoder_and_decoder_that_agree_on_their_skips_can_be_plugged_in():
-    class ToyEncoder(nn.Module):  # one strided convolution; its "skips" are a dict
-        def __init__(self):
-            super().__init__()
-            self.conv = nn.Conv2d(3, 6, 4, stride=4)
-
-        def forward(self, tile):
-            return {"tile": tile}, self.conv(tile)
-
-    class ToyDecoder(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.up = nn.ConvTranspose2d(6, 5, 4, stride=4)
-
-        def forward(self, skips, coarse):
-            return self.up(coarse) + skips["tile"].mean(dim=1, keepdim=True)
-
-    image, tiling = torch.randn(2, 3, 16, 24), Tiling((16, 24), (2, 3), 4)
-    encoder, decoder, comm_net = ToyEncoder(), ToyDecoder(), nn.Conv2d(2, 2, 3, padding=1)
+    encoder = ToyEncoder()
+    decoder = ToyDecoder()
+    comm_net = nn.Conv2d(2, 2, 3, padding=1)
+    image = torch.randn(2, 3, 16, 24)
+    tiling = Tiling((16, 24), (2, 3), 4)
     out = run(DecomposedUNet(encoder, decoder, comm_net, 2), image, tiling)
+
     skips, coarse = encoder(image)  # without padding inside, tiles make the same map as the whole image
-    expected = decoder(skips, torch.cat([coarse[:, :-2], comm_net(coarse[:, -2:])], dim=1))
+    communicated = comm_net(coarse[:, -2:])
+    expected = decoder(skips, torch.cat([coarse[:, :-2], communicated], dim=1))
     torch.testing.assert_close(out, expected)
 
 
+def number_and_sum(i, logits):
+    return i, logits.sum()
+
+
 def test_finish_decides_what_is_kept_of_a_tile():
-    model, tiling = decomposed(UNet(1, 2, 2, 1)).eval(), Tiling((8, 8), (2, 2), 2)
-    image = torch.randn(1, 1, 8, 8)
-    sums = model(tiling.split(image), tiling, [CPU] * 4, lambda i, logits: (i, logits.sum()))
-    logits = model(tiling.split(image), tiling, [CPU] * 4)
-    assert [i for i, _ in sums] == [0, 1, 2, 3]
-    assert all(torch.equal(total, tile.sum()) for (_, total), tile in zip(sums, logits))
+    model = decomposed(UNet(1, 2, 2, 1)).eval()
+    tiling = Tiling((8, 8), (2, 2), 2)
+    tiles = tiling.split(torch.randn(1, 1, 8, 8))
+    logits = model(tiles, tiling, [CPU] * 4)
+    outputs = model(tiles, tiling, [CPU] * 4, finish=number_and_sum)
+    assert len(outputs) == 4
+    for expected_i, (i, total) in enumerate(outputs):
+        assert i == expected_i
+        assert torch.equal(total, logits[i].sum())
 
 
 @pytest.mark.parametrize("comm_net, channels", [(None, 4), (CommNet(4), 0)])
@@ -231,12 +410,91 @@ def test_a_communication_network_and_its_channels_come_together(comm_net, channe
         decomposed(UNet(1, 2, 2, 1), comm_net, channels)
 
 
-def test_images_tiles_and_devices_must_fit_the_tiling():
+@pytest.mark.parametrize("devices", [1, 12])
+def test_tiles_and_devices_must_fit_the_tiling(devices):
     tiling = Tiling((8, 12), (2, 3), 4)
-    for image in (torch.zeros(1, 1, 12, 8), torch.zeros(1, 1, 16, 24)):
-        with pytest.raises(ValueError, match="made for 8 rows, 12 columns"):
-            tiling.split(image)
-    model, tiles = DecomposedUNet(nn.Identity(), nn.Identity()), tiling.split(torch.zeros(1, 1, 8, 12))
-    for devices in (1, 12):
-        with pytest.raises(ValueError, match=f"6 tiles and {devices} devices"):
-            model(tiles, tiling, devices * [torch.device("cpu")])
+    tiles = tiling.split(torch.zeros(1, 1, 8, 12))
+    model = DecomposedUNet(nn.Identity(), nn.Identity())
+    with pytest.raises(ValueError, match=f"6 tiles and {devices} devices"):
+        model(tiles, tiling, [CPU] * devices)
+
+
+# A second device
+
+@pytest.fixture
+def second_device():
+    """A pretend one, see pretend_device.py."""
+    if DEVICE is None:
+        pytest.skip("this PyTorch cannot host a device in Python")
+    with PretendDevice():
+        yield DEVICE
+
+
+def test_stitch_moves_the_tiles_to_the_device_of_the_first(second_device):
+    tiling = Tiling((8, 12), (2, 3), 4)
+    image = torch.randn(2, 3, 8, 12)
+    for first, others in ((second_device, CPU), (CPU, second_device)):
+        tiles = []
+        for i, tile in enumerate(tiling.split(image)):
+            tiles.append(tile.to(first if i == 0 else others))
+        stitched = tiling.stitch(tiles)
+        assert stitched.device == first
+        assert torch.equal(stitched.to(CPU), image)
+
+
+def test_stitch_moves_the_tiles_to_a_device_that_is_asked_for(second_device):
+    tiling = Tiling((8, 12), (2, 3), 4)
+    image = torch.randn(2, 3, 8, 12)
+    stitched = tiling.stitch(tiling.split(image), device=second_device)
+    assert stitched.device == second_device
+    assert torch.equal(stitched.to(CPU), image)
+
+
+class NotingCommNet(CommNet):
+    """Notes on which devices it is computed."""
+
+    def __init__(self, channels):
+        super().__init__(channels, dropout=0)
+        self.devices = []
+
+    def forward(self, coarse_map):
+        self.devices.append(coarse_map.device)
+        return super().forward(coarse_map)
+
+
+def step(comm_device, placement, recompute=False):
+    """A model and the logits of its tiles after one forward and backward pass, from the same numbers each time."""
+    torch.manual_seed(0)
+    tiling = Tiling((16, 24), (2, 2), 4)
+    tiles = tiling.split(torch.randn(2, 1, 16, 24))
+    model = decomposed(UNet(1, 3, 4, 2, dropout=0), NotingCommNet(8), 8)
+    logits = model(tiles, tiling, placement, recompute=recompute, comm_device=comm_device)
+    tiling.stitch(logits, device=CPU).square().sum().backward()
+    return model, logits
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_the_communication_network_gives_the_same_bits_on_another_device(second_device, recompute):
+    model, logits = step(None, [CPU] * 4, recompute)
+    there, logits_there = step(second_device, [CPU] * 4, recompute)
+    assert set(model.comm_net.devices) == {CPU}
+    assert set(there.comm_net.devices) == {second_device}
+    for tile, tile_there in zip(logits, logits_there, strict=True):
+        assert torch.equal(tile, tile_there)
+    assert_same_gradients(there, model, tolerance=0)
+    assert_same_buffers(there, model, tolerance=0)
+
+
+def test_the_communication_network_runs_on_the_device_of_the_first_tile_if_none_is_named(second_device):
+    model, _ = step(None, [second_device, CPU, CPU, CPU])
+    assert set(model.comm_net.devices) == {second_device}
+
+
+def test_the_communication_network_can_run_where_no_tile_is(second_device):
+    model, logits = step(second_device, [CPU] * 4)
+    for tile in logits:
+        assert tile.device == CPU
+    for buffer in model.comm_net.buffers():
+        assert buffer.device == CPU  # the weights and statistics stay where they are
+    statistics = model.comm_net[1].running_mean
+    assert (statistics != 0).all()

@@ -11,9 +11,11 @@ from pretend_device import DEVICE, PretendDevice
 from torch import nn
 
 import train
-from decompose import PerTile, Tiling
+from decompose import SharedModule, Tiling
+from support.model import build_from_config
 from synthetic import LinesAndCircles
 
+pytestmark = pytest.mark.usefixtures("in_float64")
 CPU = torch.device("cpu")
 B, L, K, WIDTH, DEPTH = 3, 3, 8, 4, 2
 CONFIG = {"channels": 1, "classes": LinesAndCircles.classes, "width": WIDTH, "depth": DEPTH, "dropout": 0.0,
@@ -22,11 +24,12 @@ CONFIG = {"channels": 1, "classes": LinesAndCircles.classes, "width": WIDTH, "de
 
 
 def one_step(grid, devices, recompute=False):
-    """Loss, gradients and buffers after one step in float64, from the same weights and images every time."""
+    """Loss, gradients and buffers after one step, from the same weights and images every time."""
     torch.manual_seed(0)
-    model = train.build_model(CONFIG | {"recompute": recompute}).double().to(devices[0])
+    config = CONFIG | {"recompute": recompute}
+    model = build_from_config(config).to(devices[0])
     images, masks = map(torch.stack, zip(*LinesAndCircles(B)))
-    loss = train.batch_loss(model, images.double(), masks, Tiling((64, 64), grid, 2**DEPTH), devices)
+    loss = train.batch_loss(model, images, masks, Tiling((64, 64), grid, 2**DEPTH), devices, config)
     loss.backward()
     return loss.detach().cpu(), [w.grad.cpu() for w in model.parameters()], [b.cpu() for b in model.buffers()], model
 
@@ -64,7 +67,7 @@ def test_each_thread_gets_the_weights_of_its_device():
 
     devices = [CPU, torch.device("cpu", 0)]  # two names for one
     module = Slow(1, 1)
-    per_tile, weights = PerTile(module, devices), dict(module.named_parameters())
+    per_tile, weights = SharedModule(module, devices), dict(module.named_parameters())
     per_tile.weights[devices[1]] = {name: weight.detach() + 1 for name, weight in weights.items()}
     with ThreadPool(2) as pool:
         first, second = pool.starmap(per_tile, [(i, torch.zeros(1)) for i in range(2)], chunksize=1)
@@ -82,10 +85,11 @@ def test_an_image_and_a_mask_of_the_host_never_appear_whole_on_a_device(recomput
     """Everything is computed on the pretend device; as it cannot do that under checkpoints, those without gradients."""
     images, masks = map(torch.stack, zip(*LinesAndCircles(B)))
     with PretendDevice() as device:
-        model = train.build_model(CONFIG | {"recompute": recompute}).to(DEVICE)
+        config = CONFIG | {"recompute": recompute}
+        model = build_from_config(config).to(DEVICE)
         device.moved.clear()
         with torch.set_grad_enabled(not recompute):
-            train.batch_loss(model, images, masks, Tiling((64, 64), (2, 2), 2**DEPTH), [DEVICE])
+            train.batch_loss(model, images, masks, Tiling((64, 64), (2, 2), 2**DEPTH), [DEVICE], config)
     assert Counter(shape for _, _, shape, _ in device.moved if math.prod(shape) > 2 * L + 2) == {
         (B, 1, 32, 32): 8 if recompute else 4, (B, 32, 32): 4}
 
@@ -100,8 +104,8 @@ def test_nothing_of_image_size_crosses_between_devices():
     buffers = Counter(tuple(b.shape) for half in (model.encoder, model.decoder) for b in half.buffers())
     coarse = Counter([(B, K, 64 >> DEPTH, 32 >> DEPTH)])  # there and back: the map, and its gradient
     tile = Counter([(B, 1, 64, 32), (B, 64, 32)])  # image and mask
-    sums, mean_and_std = Counter([(2 * L + 2,)]), Counter([(2, 1)])
-    assert there == weights + buffers + coarse + coarse + tile + sums + mean_and_std
+    sums = Counter([(2 * L + 2,)])
+    assert there == weights + buffers + coarse + coarse + tile + sums
     assert back == weights + buffers + coarse + coarse + sums
 
 

@@ -1,6 +1,7 @@
 """Every experiment runs, in its smoke version."""
 
 import json
+from collections import Counter
 
 import pytest
 import torch
@@ -9,46 +10,66 @@ import plan
 import train
 from comm_net import CommNet
 from experiments import benchmark, comm_channels, control, deepglobe, generalise, idea, memory, norm, qualitative, reach
-from experiments.common import read
+from experiments.common import read_rows
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
+SCRIPTS = [  # script, rows of its table of results, name of a score, what its Markdown table tells
+    (reach, 60, "line_iou", "plain U-Net, depth 5"),
+    (comm_channels, 3, "line", "| 2 | 8 | "),
+    (control, 3, "line", "same network, no exchange"),
+    (generalise, 13, "line", "| 256x256 | 8x8 | any two tiles |"),
+    (deepglobe, 9, "mean_iou", "| 0.6680 |"),
+    (memory, 14, "peak_mib", "| 128x128 |"),
+    (norm, 12, "score", "| areas | 2 | plain U-Net, whole image |"),
+]
 
 
-def test_three_models_side_by_side_and_the_idea_in_one_picture(tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """An empty folder, in which the experiments run."""
     monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_three_models_side_by_side_and_the_idea_in_one_picture(folder, monkeypatch, capsys):
     qualitative.main(["--quick"])
     assert "| with communication |" in capsys.readouterr().out
-    folder = tmp_path / "runs/qualitative-quick"
-    assert (folder / "qualitative.png").exists() and "IoU line" in (folder / "table.md").read_text()
-    monkeypatch.setattr(idea, "HERE", tmp_path)
-    idea.main(folder / "with-seed0")
-    assert (tmp_path / "idea.png").exists() and (tmp_path / "problem.png").exists()
+    results = folder / "runs/qualitative-quick"
+    assert (results / "qualitative.png").exists()
+    assert "IoU line" in (results / "table.md").read_text()
+
+    monkeypatch.setattr(idea, "HERE", folder)
+    idea.main(results / "with-seed0")
+    assert (folder / "idea.png").exists()
+    assert (folder / "problem.png").exists()
 
 
-def test_the_benchmark_ends_with_a_line_of_json(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
+# The benchmark
+
+def test_the_benchmark_ends_with_a_line_of_json(folder, capsys):
     benchmark.main(["--quick"])
     rows = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
-    assert {row["model"] for row in rows} == set(benchmark.CONTESTANTS)
-    peak = {row["model"]: row["peak_mib"] for row in rows if row["size"] == 64}
-    assert peak["recompute"] < peak["decomposed"] == pytest.approx(peak["plain U-Net"], rel=0.2)
-    assert (tmp_path / "runs/benchmark-quick/benchmark.png").exists()
+    peaks = {row["model"]: row["peak_mib"] for row in rows}
+    assert list(peaks) == list(benchmark.CONTESTANTS)
+    assert peaks["recompute"] < peaks["decomposed"]
+    assert peaks["decomposed"] == pytest.approx(peaks["plain U-Net"], rel=0.2)
+    assert (folder / "runs/benchmark-quick/benchmark.png").exists()
 
 
-def test_a_contestant_that_does_not_fit_is_out_of_memory(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(plan, "predict", lambda config: ({"cpu:1": 0 if config["recompute"] else 2**60}, {}))
+def test_a_contestant_that_does_not_fit_is_out_of_memory(folder, monkeypatch, capsys):
+    def only_recompute_fits(config):
+        bytes_needed = 0 if config["recompute"] else 2**60
+        return Counter({"cpu:1": bytes_needed}), Counter()
+
+    monkeypatch.setattr(plan, "predict", only_recompute_fits)
     benchmark.main("--sizes 32 --grid 2x2 --width 2 --depth 2 --comm-channels 8 --rounds 1".split())
-    said = capsys.readouterr().out.splitlines()
-    assert [line.endswith("out of memory") for line in said[:-1]] == ["recompute" not in line for line in said[:-1]]
-    assert json.loads(said[-1])["rows"][0]["seconds"] is None and json.loads(said[-1])["rows"][-1]["time_ratio"] is None
-
-
-def test_processes_exchange_their_gradients_once_and_the_sums_of_the_loss(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    benchmark.main(["--distributed", "--quick"])
-    rows = read(tmp_path / "runs/distributed-quick/distributed.csv")
-    assert [(row["processes"], row["bytes_sent"] - row["bytes_of_weights"]) for row in rows] == [(2, 32)]
+    *lines, last = capsys.readouterr().out.splitlines()
+    for line in lines:
+        assert line.endswith("out of memory") == ("recompute" not in line)
+    rows = json.loads(last)["rows"]
+    assert rows[0]["seconds"] is None
+    assert rows[-1]["seconds"] > 0
+    assert rows[-1]["time_ratio"] is None  # as there is no time of the plain U-Net
 
 
 def test_a_size_that_cannot_be_cut_is_named(capsys):
@@ -57,25 +78,33 @@ def test_a_size_that_cannot_be_cut_is_named(capsys):
     assert "--sizes 64: 8 rows of tiles" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("script, rows, score, told", [
-    (reach, 60, "line_iou", "plain U-Net, depth 5"), (comm_channels, 3, "line", "| 2 | 8 | "),
-    (control, 3, "line", "same network, no exchange"), (generalise, 13, "line", "| 256x256 | 8x8 | any two tiles |"),
-    (deepglobe, 9, "mean_iou", "| 0.6680 |"), (memory, 14, "peak_mib", "| 128x128 |"),
-    (norm, 12, "score", "| areas | 2 | plain U-Net, whole image |")])
-def test_a_quick_run_leaves_results_a_table_and_a_picture_and_makes_nothing_twice(script, rows, score, told, tmp_path,
+def test_processes_exchange_their_gradients_once_and_the_sums_of_the_loss(folder):
+    benchmark.main(["--distributed", "--quick"])
+    (row,) = read_rows(folder / "runs/distributed-quick/distributed.csv")
+    assert row["processes"] == 2
+    assert row["bytes_sent"] - row["bytes_of_weights"] == 32  # 8 sums of 4 bytes
+
+
+# Those that add to a file of results
+
+@pytest.mark.parametrize("script, rows, score, told", SCRIPTS)
+def test_a_quick_run_leaves_results_a_table_and_a_picture_and_makes_nothing_twice(script, rows, score, told, folder,
                                                                                    monkeypatch):
-    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(memory, "GPUS", 0)
     script.main(["--quick"])
     name = script.__name__.split(".")[1]
-    path = tmp_path / f"runs/{name}-quick" / name
-    results = read(path.with_suffix(".csv"))
-    assert len(results) == rows and all(row[score] >= 0 for row in results)
-    assert told in path.with_suffix(".md").read_text() and path.with_suffix(".png").exists()
-    made = path.with_suffix(".csv").read_text()
-    monkeypatch.setattr(train, "main", None)
+    results = folder / f"runs/{name}-quick"
+    csv = results / f"{name}.csv"
+    scores = [row[score] for row in read_rows(csv)]
+    assert len(scores) == rows
+    assert min(scores) >= 0
+    assert told in (results / f"{name}.md").read_text()
+    assert (results / f"{name}.png").exists()
+
+    before = csv.read_text()
+    monkeypatch.setattr(train, "main", None)  # another training would fail
     script.main(["--quick"])
-    assert path.with_suffix(".csv").read_text() == made
+    assert csv.read_text() == before
 
 
 @pytest.mark.parametrize("script", [comm_channels, control, generalise, deepglobe, memory, norm, reach])
@@ -84,28 +113,43 @@ def test_a_picture_can_be_drawn_before_there_are_results(script, tmp_path):
     assert (tmp_path / "empty.png").exists()
 
 
+def test_every_model_of_reach_has_a_colour_of_its_own():
+    assert list(reach.COLORS) == list(reach.MODELS)
+    assert len(set(reach.COLORS.values())) == len(reach.COLORS)
+    for names in reach.GRIDS.values():
+        assert set(names) <= set(reach.MODELS)
+
+
 def test_the_control_has_the_same_parameters_and_no_exchange():
-    net, alone = CommNet(3, dropout=0.0).eval(), control.Alone(3, dropout=0.0).eval()
+    net = CommNet(3, dropout=0.0).eval()
+    alone = control.Alone(3, dropout=0.0).eval()
     alone.load_state_dict(net.state_dict())
-    before, after = torch.rand(2, 1, 3, 8, 8)
-    after[..., 4:, :] = before[..., 4:, :]
-    after[..., 4:] = before[..., 4:]  # all but the first tile
-    differ = [(model(before) != model(after))[..., 4:, 4:].any() for model in (net, alone)]
-    assert differ == [True, False]
+    before = torch.rand(1, 3, 8, 8)
+    after = before.clone()
+    after[..., :4, :4] = torch.rand(1, 3, 4, 4)  # another first tile
+    last_tile = (..., slice(4, 8), slice(4, 8))
+    assert not torch.equal(net(before)[last_tile], net(after)[last_tile])
+    assert torch.equal(alone(before)[last_tile], alone(after)[last_tile])
 
 
-def test_a_step_that_does_not_fit_is_a_value_in_the_table(tmp_path, monkeypatch):
-    def full(*_):
+def test_a_step_that_does_not_fit_is_a_value_in_the_table(folder, monkeypatch):
+    def nothing(device):
+        pass
+
+    def three_gib(device):
+        return 3 * 2**30
+
+    def full(*arguments):
         raise torch.OutOfMemoryError
 
-    monkeypatch.chdir(tmp_path)
-    for name, value in (("reset_peak_memory_stats", id), ("max_memory_allocated", lambda device: 3 * 2**30)):
-        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", nothing)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", three_gib)
     monkeypatch.setattr(memory, "GPUS", 1)
     memory.main(["--quick"])
-    table = tmp_path / "runs/memory-quick/memory.md"
+    table = folder / "runs/memory-quick/memory.md"
     assert "| 128x128 | 3.00 | 3.00 | 3.00 | 3.00 |" in table.read_text()
-    (tmp_path / "runs/memory-quick/memory.csv").unlink()
+
+    (folder / "runs/memory-quick/memory.csv").unlink()
     monkeypatch.setattr(train, "batch_loss", full)
     memory.main(["--quick"])
     assert "| 128x128 | out of memory | out of memory | " in table.read_text()

@@ -8,9 +8,12 @@ import torch
 from PIL import Image
 from torch import nn
 
-import checkpoints
 import train
 from decompose import Tiling
+from support import checkpoints
+from support.datasets import build_datasets
+from support.loss import loss_from_sums, loss_sums
+from support.model import build_from_config, load_model
 from unet import UNet
 
 CPU = torch.device("cpu")
@@ -22,35 +25,29 @@ CONFIG = {"channels": 1, "classes": "abc", "width": 4, "depth": DEPTH, "dropout"
 pytestmark = pytest.mark.usefixtures("no_pictures")
 
 
-@pytest.fixture
-def sums_in_float64(monkeypatch):
-    """The sums of the loss are taken in float32, which would hide what is compared."""
-    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
-
-
 def frozen_model(**changes):
-    """A network in float64 whose batch norm is frozen, with statistics and weights that matter."""
+    """A network whose batch norm is frozen, with statistics and weights that matter."""
     torch.manual_seed(0)
-    model = train.build_model(CONFIG | changes).double()
+    model = build_from_config(CONFIG | changes)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.running_mean.normal_()
             module.running_var.uniform_(0.5, 2)
             module.weight.data.uniform_(0.5, 2)
             module.bias.data.uniform_(0, 1)
-    train.set_training(model, frozen=True)
+    train.set_training_mode(model, frozen=True)
     return model
 
 
 def data():
     torch.manual_seed(1)
-    return torch.randn(1, 1, *SIZE, dtype=torch.double), torch.randint(0, 3, (1, *SIZE), dtype=torch.uint8)
+    return torch.randn(1, 1, *SIZE), torch.randint(0, 3, (1, *SIZE), dtype=torch.uint8)
 
 
 def loss_and_gradients(grid, overlap=0, **changes):
     model = frozen_model(**changes)
     images, masks = data()
-    loss = train.batch_loss(model, images, masks, Tiling(SIZE, grid, 2**DEPTH, overlap), [CPU])
+    loss = train.batch_loss(model, images, masks, Tiling(SIZE, grid, 2**DEPTH, overlap), [CPU], CONFIG | changes)
     loss.backward()
     return loss.detach(), [weight.grad for weight in model.parameters()], model
 
@@ -63,7 +60,7 @@ def largest_difference(one, other) -> float:
 @pytest.mark.parametrize("comm_channels", [0, 8])
 @pytest.mark.parametrize("grid", [(2, 2), (4, 3), (5, 2)])
 def test_with_an_overlap_as_wide_as_the_unet_sees_a_training_step_does_not_depend_on_the_grid(
-        grid, comm_channels, recompute, sums_in_float64):
+        grid, comm_channels, recompute, in_float64):
     whole, gradients, _ = loss_and_gradients((1, 1), comm_channels=comm_channels)
     loss, cut, _ = loss_and_gradients(grid, SEEN, comm_channels=comm_channels, recompute=recompute)
     torch.testing.assert_close(loss, whole, rtol=0, atol=1e-14)
@@ -72,14 +69,14 @@ def test_with_an_overlap_as_wide_as_the_unet_sees_a_training_step_does_not_depen
     assert largest_difference(narrow, gradients) > 1e-9
 
 
-def test_without_communication_it_is_the_step_of_the_plain_unet(sums_in_float64):
+def test_without_communication_it_is_the_step_of_the_plain_unet(in_float64):
     loss, gradients, model = loss_and_gradients((4, 3), SEEN, comm_channels=0)
-    unet = UNet(1, 3, 4, DEPTH, dropout=0.0).double()
+    unet = UNet(1, 3, 4, DEPTH, dropout=0.0)
     unet.load_state_dict(model.state_dict())
-    train.set_training(unet, frozen=True)
+    train.set_training_mode(unet, frozen=True)
     images, masks = data()
     logits = unet((images - 0.5) / 2)
-    expected = train.dice_cross_entropy(train.loss_sums(logits, masks))
+    expected = loss_from_sums(loss_sums(logits, masks))
     expected.backward()
     torch.testing.assert_close(loss, expected.detach(), rtol=0, atol=1e-14)
     assert largest_difference(gradients, [weight.grad for weight in unet.parameters()]) < 1e-13
@@ -87,11 +84,11 @@ def test_without_communication_it_is_the_step_of_the_plain_unet(sums_in_float64)
 
 @pytest.mark.parametrize("recompute", [False, True])
 def test_a_frozen_step_leaves_the_statistics_to_the_last_bit(recompute):
-    model = frozen_model(recompute=recompute).float()
+    model = frozen_model()
     before = [buffer.clone() for buffer in model.buffers()]
     images, masks = data()
     tiling = Tiling(SIZE, (3, 1), 2**DEPTH)  # the mean of three equal numbers would be rounded
-    train.batch_loss(model, images.float(), masks, tiling, [CPU]).backward()
+    train.batch_loss(model, images, masks, tiling, [CPU], CONFIG | {"recompute": recompute}).backward()
     assert all(torch.equal(a, b) for a, b in zip(before, model.buffers(), strict=True))
 
 
@@ -112,7 +109,7 @@ def test_statistics_are_learned_for_the_asked_part_of_the_steps_and_then_kept(pa
 
     monkeypatch.setattr(train, "batch_loss", watched)
     train_one_epoch(tmp_path / "run", "--freeze-batch-norm", part)
-    seen.append(torch.cat([b.flatten().float() for b in train.load_model(tmp_path / "run/last.pt")[0].buffers()]))
+    seen.append(torch.cat([b.flatten().float() for b in load_model(tmp_path / "run/last.pt")[0].buffers()]))
     assert [not torch.equal(a, b) for a, b in zip(seen, seen[1:])] == [True] * changed + [False] * (8 - changed)
     assert ("batch norm keeps its statistics after" in capsys.readouterr().out) == (changed < 8)
 
@@ -148,8 +145,8 @@ def test_with_one_image_a_step_the_network_knows_its_training_images_only_if_bat
         train.main(["--dataset", "folder", "--data", str(tmp_path / "data"), "--batch-size", "1", "--epochs", "12",
                     "--width", "4", "--depth", "2", "--comm-channels", "8", "--lr", "0.01", "--no-amp",
                     "--freeze-batch-norm", part, "--out", str(out)])
-        model, config = train.load_model(out / "last.pt")
-        some = train.predict_some(model, train.build_datasets(config)["train"], config, [CPU], count=20)
+        model, config = load_model(out / "last.pt")
+        some = train.predict_some(model, build_datasets(config)["train"], config, [CPU], count=20)
         right = [(mask == prediction).float().mean() for mask, prediction in zip(some["true mask"], some["prediction"])]
         accuracy[part] = sum(right).item() / len(right)
         metrics, said = json.loads((out / "metrics.json").read_text()), capsys.readouterr().out

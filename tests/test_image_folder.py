@@ -8,10 +8,10 @@ import pytest
 import torch
 from PIL import Image
 
-import image_folder
 import train
-from data import survey
-from image_folder import ImageFolder
+from support import image_files, image_folder
+from support.image_folder import ImageFolder
+from support.survey import survey
 
 RNG = np.random.default_rng(0)
 GREY, COLOR = RNG.integers(0, 256, (12, 20), np.uint8), RNG.integers(0, 256, (12, 20, 3), np.uint8)
@@ -49,7 +49,7 @@ def make_folder(root, pairs=12, size=(16, 24), channels=3, splits=("train",), cl
 
 def make_deepglobe(root, names, size=(24, 32)):
     """DeepGlobe's layout, with colours that are not pure; returns the masks as indices."""
-    masks, colors = {}, 255 * np.array(list(image_folder.DEEPGLOBE.values()))
+    masks, colors = {}, 255 * np.array(list(image_files.DEEPGLOBE.values()))
     for name in names:
         index = RNG.integers(0, 7, size)
         masks[name] = np.where(index == 6, 255, index)
@@ -67,7 +67,7 @@ def make_deepglobe(root, names, size=(24, 32)):
     ("palette.png", GREY, "P", np.dstack([GREY] * 3)), ("flat.npy", DEEP, None, DEEP[..., None]),
     ("channels.npy", RNG.random((12, 20, 5)), None, None), ("two.npy", GREY > 99, None, (GREY > 99)[..., None])])
 def test_an_image_is_what_was_saved(name, array, mode, expected, tmp_path):
-    image = image_folder.read_image(save(tmp_path / name, array, mode))
+    image = image_files.read_image(save(tmp_path / name, array, mode))
     expected = array if expected is None else expected
     assert image.dtype == expected.dtype and np.array_equal(image, expected)
 
@@ -75,7 +75,7 @@ def test_an_image_is_what_was_saved(name, array, mode, expected, tmp_path):
 def test_a_jpeg_is_close_to_what_was_saved(tmp_path):
     smooth = np.add.outer(np.arange(32), 2 * np.arange(48)).astype(np.uint8)
     for name, array in (("grey.jpg", smooth), ("color.JPEG", np.dstack([smooth] * 3))):
-        image = image_folder.read_image(save(tmp_path / name, array))
+        image = image_files.read_image(save(tmp_path / name, array))
         assert image.shape == (*smooth.shape, 3 if array.ndim == 3 else 1)
         assert abs(image.astype(int) - array.reshape(image.shape)).mean() < 3
 
@@ -84,7 +84,7 @@ def test_a_jpeg_is_close_to_what_was_saved(tmp_path):
 @pytest.mark.parametrize("kind", [np.uint8, np.int64])
 def test_a_mask_is_the_indices_that_were_saved(name, mode, kind, tmp_path):
     array = MASK if name.endswith("png") else MASK.astype(kind)
-    assert np.array_equal(image_folder.read_mask(save(tmp_path / name, array, mode)), MASK)
+    assert np.array_equal(image_files.read_mask(save(tmp_path / name, array, mode)), MASK)
 
 
 def test_what_cameras_and_file_managers_do_is_undone(tmp_path):
@@ -94,26 +94,26 @@ def test_what_cameras_and_file_managers_do_is_undone(tmp_path):
     Image.fromarray(GREY).save(tmp_path / "a/turned.PNG", exif=exif)
     (tmp_path / "a/._turned.png").write_text("of a file manager")
     save(tmp_path / "a/array.npy", GREY).rename(tmp_path / "a/array.NPY")
-    found = image_folder.files(tmp_path / "a")
+    found = image_folder.find_files(tmp_path / "a")
     assert set(found) == {"turned", "array"}
-    assert np.array_equal(image_folder.read_image(found["turned"])[..., 0], GREY[::-1, ::-1])
-    assert np.array_equal(image_folder.read_image(found["array"])[..., 0], GREY)
+    assert np.array_equal(image_files.read_image(found["turned"])[..., 0], GREY[::-1, ::-1])
+    assert np.array_equal(image_files.read_image(found["array"])[..., 0], GREY)
 
 
 def test_the_palette_of_a_mask_is_not_its_classes(tmp_path):
     picture = Image.fromarray(MASK)
     picture.putpalette([200, 10, 10, 10, 200, 10, 10, 10, 200])
     picture.save(tmp_path / "mask.png")
-    assert np.array_equal(image_folder.read_mask(tmp_path / "mask.png"), MASK)
+    assert np.array_equal(image_files.read_mask(tmp_path / "mask.png"), MASK)
 
 
 def test_deepglobe_colours_are_cut_at_128_and_unknown_does_not_count(tmp_path):
     masks = make_deepglobe(tmp_path, ["1"])
-    assert np.array_equal(image_folder.read_deepglobe_mask(tmp_path / "train/1_mask.png"), masks["1"])
+    assert np.array_equal(image_files.read_deepglobe_mask(tmp_path / "train/1_mask.png"), masks["1"])
     red = save(tmp_path / "red.png", np.full((2, 2, 3), (200, 90, 90), np.uint8))
-    assert (image_folder.read_deepglobe_mask(red) == 255).all()
-    with pytest.raises(image_folder.DataError, match="for class indices take --dataset folder"):
-        image_folder.read_deepglobe_mask(save(tmp_path / "grey.png", MASK))
+    assert (image_files.read_deepglobe_mask(red) == 255).all()
+    with pytest.raises(image_files.DataError, match="for class indices take --dataset folder"):
+        image_files.read_deepglobe_mask(save(tmp_path / "grey.png", MASK))
 
 
 def test_an_array_is_mapped_and_read_where_it_is_touched(tmp_path):
@@ -152,8 +152,7 @@ def test_without_val_and_test_the_seed_splits_the_training_pairs(tmp_path, capsy
 
 
 def test_deepglobe_uses_the_split_of_the_literature_where_it_knows_all_images(tmp_path, capsys):
-    listed = dict(line.split() for line in (image_folder.Path(image_folder.__file__).parent
-                                            / "experiments/deepglobe_split.txt").read_text().splitlines())
+    listed = dict(line.split() for line in image_folder.SPLIT_OF_THE_LITERATURE.read_text().splitlines())
     assert [list(listed.values()).count(name) for name in image_folder.SPLITS] == [454, 207, 142]
     names = [name for split in image_folder.SPLITS for name in [n for n, s in listed.items() if s == split][:2]]
     make_deepglobe(tmp_path / "known", names)

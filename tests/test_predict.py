@@ -14,7 +14,10 @@ from torch.utils.data import DataLoader
 import predict
 import train
 from decompose import Tiling
-from image_folder import ImageFolder, read_image
+from support.image_files import read_image
+from support.image_folder import ImageFolder
+from support.model import build_model, load_model
+from support.sizes import build_tiling
 from synthetic import LinesAndCircles
 
 CPU = [torch.device("cpu")]
@@ -40,11 +43,11 @@ def run(*arguments) -> int:
 
 
 def expected(checkpoint, image: np.ndarray, grid=None) -> np.ndarray:
-    model, config = train.load_model(checkpoint)
+    model, config = load_model(checkpoint)
     images = torch.from_numpy(image)[None, None]
-    tiling = train.build_tiling(config, image.shape, grid)
+    tiling = build_tiling(config, image.shape, grid)
     with torch.no_grad():
-        return tiling.stitch(train.run_tiles(model, images, tiling, CPU, lambda i, logits: logits.argmax(dim=1)))[0].numpy()
+        return tiling.stitch(train.run_tiles(model, images, tiling, CPU, config, lambda i, logits: logits.argmax(dim=1)))[0].numpy()
 
 
 @pytest.mark.parametrize("size", [(64, 64), (70, 133)])
@@ -83,20 +86,20 @@ class LargestCopy(TorchDispatchMode):
 
 def test_an_array_on_disk_is_read_tile_by_tile(grey, tmp_path):
     image = torch.from_numpy(read_image(save(tmp_path / "a.npy", RNG.random((1024, 1024)))))
-    model, config = train.load_model(grey)
-    tiling = train.build_tiling(config, image.shape[:2], (8, 8))
+    model, config = load_model(grey)
+    tiling = build_tiling(config, image.shape[:2], (8, 8))
     with LargestCopy(image) as largest:
         mask = torch.empty(1, 1024, 1024, dtype=torch.uint8)
-        train.segment(model, image.permute(2, 0, 1)[None], tiling, CPU, mask)
+        train.segment(model, image.permute(2, 0, 1)[None], tiling, CPU, config, mask)
     assert image.nbytes // 64 <= largest.bytes < image.nbytes // 6  # a tile, not the image; the mask is an eighth
 
 
 def test_other_images_are_cut_into_tiles_no_larger_than_in_training_unless_those_are_small(grey, tmp_path, capsys):
     run(grey, save(tmp_path / "a.png", np.zeros((64, 600), np.uint8)), "--out", tmp_path / "out")
     assert "64x600 pixels in 1x3 tiles" in capsys.readouterr().out  # those of training have 32 pixels: at least 256
-    _, config = train.load_model(grey)
+    _, config = load_model(grey)
     large = config | {"image_size": (700, 1000), "grid": (1, 2)}
-    assert train.build_tiling(large, (1400, 1500)).grid == (2, 3) and train.build_tiling(large, (700, 1000)).grid == (1, 2)
+    assert build_tiling(large, (1400, 1500)).grid == (2, 3) and build_tiling(large, (700, 1000)).grid == (1, 2)
 
 
 def test_the_overlay_of_a_large_image_is_small(grey, tmp_path):
@@ -111,7 +114,7 @@ def test_scores_of_predictions_are_those_of_an_evaluation(grey, tmp_path, capsys
              for name, size in (("a.png", (64, 64)), ("b.npy", (70, 133)))]
     assert run(grey, *[image for image, _ in pairs], "--masks", tmp_path / "masks", "--out", tmp_path / "out") == 0
     scores = json.loads((tmp_path / "out/metrics.json").read_text())
-    model, config = train.load_model(grey)
+    model, config = load_model(grey)
     again = train.evaluate(model, DataLoader(ImageFolder(pairs), 1), config, CPU)
     assert scores["all"] == {name: again[name] for name in ("mean_iou", "iou", "seam")}
     assert f"mean IoU {scores['a.png']['mean_iou']:.4f}" in capsys.readouterr().out
@@ -226,17 +229,17 @@ def test_2448_pixels_train_in_uneven_tiles_without_padding(tmp_path):
     make_folder(tmp_path / "data", 3, size=(16, 2448))
     train.main("--width 1 --depth 4 --comm-channels 4 --grid 1x2 --epochs 1 --batch-size 1 --dataset folder --data".split()
                + [str(tmp_path / "data"), "--out", str(tmp_path / "run")])
-    _, config = train.load_model(tmp_path / "run/best.pt")
-    assert train.build_tiling(config, (16, 2448)).boxes == [(0, 16, 0, 1232), (0, 16, 1232, 2448)]
+    _, config = load_model(tmp_path / "run/best.pt")
+    assert build_tiling(config, (16, 2448)).boxes == [(0, 16, 0, 1232), (0, 16, 1232, 2448)]
 
 
 def test_a_tile_is_written_before_its_device_is_given_the_next(monkeypatch):
     """Afterwards it would wait for both, while the other devices have nothing to do."""
     order, devices = [], [torch.device("cpu"), torch.device("cpu", 0)]  # two names for one
-    model = train.build_model({"channels": 1, "classes": "ab", "width": 2, "depth": 1, "dropout": 0, "comm_channels": 0,
-                               "dilations": [1], "recompute": False, "mean": [0.0], "std": [1.0], "amp": False})
+    model = build_model(channels=1, classes=2, width=2, depth=1, comm_channels=0)
+    config = {"mean": [0.0], "std": [1.0], "amp": False}
     model.decoder.register_forward_hook(lambda *_: order.append("decoded"))
     monkeypatch.setattr(train, "show_progress", lambda _: order.append("written"))
     out = torch.empty(1, 8, 8, dtype=torch.uint8)
-    train.segment(model, torch.zeros(1, 1, 8, 8), Tiling((8, 8), (2, 2), 2), devices, out)
+    train.segment(model, torch.zeros(1, 1, 8, 8), Tiling((8, 8), (2, 2), 2), devices, config, out)
     assert order == ["decoded", *3 * ["decoded", "written"], "written"]

@@ -16,41 +16,48 @@ import torch.distributed as dist
 from conftest import ROOT
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, Subset
 
-import checkpoints
-import processes
 import train
-from metrics import IGNORE, dice_cross_entropy, loss_sums
+from decompose import Tiling
+from support import checkpoints, processes
+from support.loss import IGNORE, loss_from_sums, loss_sums
+from support.model import build_from_config
 from synthetic import LinesAndCircles
 
 CPU = [torch.device("cpu")]
 IMAGES, BATCH = 7, 5  # the last batch has 2 images: too few for three processes
 CONFIG = {"channels": 1, "classes": LinesAndCircles.classes, "width": 2, "depth": 2, "dropout": 0.0, "comm_channels": 4,
-          "dilations": [1, 2], "recompute": False, "mean": [0.5], "std": [2.0], "amp": False, "seed": 0, "lr": 0.01,
-          "freeze_batch_norm": 1.0, "epochs": 1, "batch_size": BATCH, "image_size": (32, 64), "grid": (2, 2), "overlap": 0}
+          "dilations": [1, 2], "recompute": False, "mean": [0.5], "std": [2.0], "amp": False,
+          "freeze_batch_norm": 1.0, "image_size": (32, 64), "grid": (2, 2), "overlap": 0}
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
 
 
 def start(config: dict):
-    """The images, the same batches every time, and a run before its first step; all in float64."""
-    torch.set_default_dtype(torch.float64)
+    """The images, the same batches every time, and the network with its optimizer before the first step."""
     data = LinesAndCircles(IMAGES, size=(32, 64), grid=(1, 2))
     batches = BatchSampler(RandomSampler(data, generator=torch.Generator().manual_seed(1)), BATCH, drop_last=False)
-    return data, batches, train.Run(config, IMAGES, CPU[0])
+    torch.manual_seed(0)
+    model = build_from_config(config)
+    optimizer = torch.optim.Adam(model.parameters(), fused=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.01, len(batches), anneal_strategy="linear")
+    freeze_after = config["freeze_batch_norm"] * len(batches)
+    return data, batches, model, optimizer, schedule, freeze_after
 
 
 def one_of_many(rank: int, count: int, folder: str, config: dict):
     """Process `rank`: an epoch and an evaluation. Leaves what came out in the file `folder`/`rank`."""
+    torch.set_default_dtype(torch.float64)
     torch.Tensor.float = torch.Tensor.double  # the sums of the loss, else in float32
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=count)
-    data, batches, run = start(config)
-    loss = train.train_epoch(run, DataLoader(data, batch_sampler=processes.Shares(batches)), CPU, epoch=1)
-    measured = train.evaluate(run.model, DataLoader(Subset(data, range(rank, IMAGES, count))), config, CPU)
-    torch.save([loss, measured, [weight.grad for weight in run.model.parameters()], run.model.state_dict()],
-               f"{folder}/{rank}")
-    assert processes.from_first(lambda: rank) == 0
-    with pytest.raises(IndexError if rank == 0 else SystemExit):  # the first says why, the others end
-        processes.from_first(lambda: [][0])
+    data, batches, model, optimizer, schedule, freeze_after = start(config)
+    loader = DataLoader(data, batch_sampler=processes.Shares(batches))
+    loss = train.train_epoch(processes.parallel(model), loader, optimizer, schedule, config, CPU, freeze_after)
+    measured = train.evaluate(model, DataLoader(Subset(data, range(rank, IMAGES, count))), config, CPU)
+    gradients = [weight.grad for weight in model.parameters()]
+    torch.save([loss, measured, gradients, model.state_dict()], f"{folder}/{rank}")
+    assert processes.from_first(int, rank) == 0
+    with pytest.raises(ValueError if rank == 0 else SystemExit):  # the first says why, the others end
+        processes.from_first(int, "no number")
     dist.destroy_process_group()
 
 
@@ -65,46 +72,45 @@ def average(models: list):
 
 def many_by_hand(count: int, config: dict):
     """The same in one process: the same weights, and for every process its own running statistics."""
-    data, batches, run = start(config)
-    shared = {id(weight): weight for weight in run.model.parameters()}
-    models = [copy.deepcopy(run.model, dict(shared)).train() for _ in range(count)]
-    tiling = train.build_tiling(config, (32, 64))
+    data, batches, trained, optimizer, schedule, freeze_after = start(config)
+    shared = {id(weight): weight for weight in trained.parameters()}
+    models = [copy.deepcopy(trained, dict(shared)).train() for _ in range(count)]
+    tiling = Tiling((32, 64), (2, 2), 4)
     losses = []
     for step, batch in enumerate(batches):
-        if step == config["freeze_batch_norm"] * len(batches):
+        if step == freeze_after:
             average(models)
             for model in models:
-                train.set_training(model, frozen=True)
+                train.set_training_mode(model, frozen=True)
         sums = 0
         for rank, model in enumerate(models):
             images, masks = map(torch.stack, zip(*(data[i] for i in batch[rank::count] or batch[:1])))
             if rank >= len(batch):
                 masks[:] = IGNORE
             masks = tiling.split(masks)
-            sums += sum(train.run_tiles(model, images, tiling, CPU,
-                                        lambda i, logits, masks=masks: loss_sums(logits, masks[i])))
-        loss = dice_cross_entropy(sums)
-        run.optimizer.zero_grad()
+
+            def finish(i, logits, masks=masks):
+                return loss_sums(logits, masks[i])
+
+            sums += sum(train.run_tiles(model, images, tiling, CPU, config, finish))
+        loss = loss_from_sums(sums)
+        optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(run.model.parameters(), 1.0)
-        run.optimizer.step()
-        run.schedule.step()
+        torch.nn.utils.clip_grad_norm_(trained.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
         losses.append(loss.item())
     average(models)
-    run.model.load_state_dict(models[0].state_dict())
-    measured = train.evaluate(run.model, DataLoader(data), config, CPU)
-    return [sum(losses) / len(losses), measured, [w.grad for w in run.model.parameters()], run.model.state_dict()]
+    trained.load_state_dict(models[0].state_dict())
+    measured = train.evaluate(trained, DataLoader(data), config, CPU)
+    return [sum(losses) / len(losses), measured, [weight.grad for weight in trained.parameters()], trained.state_dict()]
 
 
 @pytest.mark.parametrize("part", [1.0, 0.5])
-def test_many_processes_learn_and_measure_what_one_does(part, tmp_path, monkeypatch, count=3):
+def test_many_processes_learn_and_measure_what_one_does(part, tmp_path, in_float64, count=3):
     config = CONFIG | {"recompute": True, "freeze_batch_norm": part}
     torch.multiprocessing.spawn(one_of_many, (count, str(tmp_path), config), nprocs=count)
-    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
-    try:
-        expected = many_by_hand(count, config)
-    finally:
-        torch.set_default_dtype(torch.float32)
+    expected = many_by_hand(count, config)
     for rank in range(count):
         torch.testing.assert_close(torch.load(tmp_path / str(rank)), expected, rtol=1e-10, atol=1e-10)
 

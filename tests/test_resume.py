@@ -16,9 +16,8 @@ import pytest
 import torch
 from conftest import ROOT
 
-import checkpoints
-import processes
 import train
+from support import checkpoints, processes
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
 OPTIONS = "--width 2 --depth 2 --comm-channels 4 --dropout 0.2 --train-images 32 --epochs 6 --batch-size 4 --seed 3".split()
@@ -108,12 +107,12 @@ def test_a_loss_that_is_no_number_stops_the_run_and_the_last_good_epoch_stays(tm
 def test_a_disk_that_fills_up_leaves_the_previous_checkpoint(tmp_path, capfd):
     """No file may grow beyond 20 kB for a while: the second checkpoint fails, as on a full disk."""
     out = tmp_path / "run"
-    code = ("import resource, signal, train; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); true, saved = train.checkpoints.save, []\n"
+    code = ("import resource, signal, train; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); from support import checkpoints; true, saved = checkpoints.save, []\n"
             "def save(path, state):\n"
             "    saved.append(path)\n"
             "    if len(saved) == 4: resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))\n"
             "    true(path, state)\n"
-            f"train.checkpoints.save = save; train.main({[*OPTIONS, '--epochs', '2', '--out', str(out)]!r})")
+            f"checkpoints.save = save; train.main({[*OPTIONS, '--epochs', '2', '--out', str(out)]!r})")
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 2 and result.stderr.count("\n") == 1 and "File too large" in result.stderr, result.stderr
     assert len(checkpoints.load(out / "last.pt")["rows"]) == 1 and not list(out.glob("*.unfinished*"))

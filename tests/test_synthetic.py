@@ -5,73 +5,142 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from synthetic import LinesAndCircles
+from synthetic import BACKGROUND, CIRCLE, LINE, LinesAndCircles
 
 
 def tiles_with_circles(data, mask):
-    """(row, column) of the tile of every circle pixel."""
-    return {(int(y) // data.tile[0], int(x) // data.tile[1]) for y, x in (mask == 2).nonzero()}
+    """The tiles (row, column) in which there is a pixel of a circle."""
+    height, width = data.tile
+    tiles = set()
+    for y, x in (mask == CIRCLE).nonzero().tolist():
+        tiles.add((y // height, x // width))
+    return tiles
 
 
-@pytest.mark.parametrize("size, grid", [((64, 64), (2, 2)), ((32, 256), (1, 8)), ((100, 70), (3, 2))])
+def test_names_and_colours_go_with_the_class_numbers():
+    assert LinesAndCircles.classes[BACKGROUND] == "background"
+    assert LinesAndCircles.classes[LINE] == "line"
+    assert LinesAndCircles.classes[CIRCLE] == "circle"
+    assert len(LinesAndCircles.classes) == len(LinesAndCircles.colors) == 3
+
+
+@pytest.mark.parametrize("size, grid", [
+    ((64, 64), (2, 2)),
+    ((32, 256), (1, 8)),
+    ((100, 70), (3, 2)),
+])
 def test_two_whole_discs_in_different_tiles_of_any_image_and_grid(size, grid):
     data = LinesAndCircles(50, size, grid)
     for image, mask in data:
-        assert image.shape == (1, *size) and image.dtype == torch.float32 and mask.shape == size and mask.dtype == torch.uint8
+        assert image.shape == (1, *size)
+        assert image.dtype == torch.float32
+        assert mask.shape == size
+        assert mask.dtype == torch.uint8
         assert len(tiles_with_circles(data, mask)) == 2
-        assert torch.equal(image[0] == 1, mask == 2)
-        assert (mask == 2).sum() == 2 * 49  # a disc of radius 4 has 49 pixels
+        assert torch.equal(image[0] == 1, mask == CIRCLE)
+        assert torch.equal(image[0] == 0, mask != CIRCLE)
+        assert (mask == CIRCLE).sum() == 2 * 49  # a disc of radius 4 has 49 pixels
+
+
+def find_centres(mask):
+    """The centres of the two discs of radius 4, or None if they touch, as then they cannot be told apart this way."""
+    pixels = (mask == CIRCLE).nonzero().double()
+    first_centre = pixels[0] + torch.tensor([4.0, 0.0])  # the top pixel of a disc is above its centre
+    distance = (pixels - first_centre).norm(dim=1)
+    a = pixels[distance <= 4].mean(dim=0)
+    b = pixels[distance > 4.5].mean(dim=0)
+    if (a - b).norm() < 12:
+        return None
+    return a, b
 
 
 def test_the_line_is_straight_joins_the_centres_and_is_three_wide():
-    data = LinesAndCircles(200)
-    for _, mask in data:
-        discs = (mask == 2).nonzero().double()
-        first = discs[0] + torch.tensor([4.0, 0.0])  # the top pixel of a disc is above its centre
-        a = discs[(discs - first).norm(dim=1) <= 4].mean(dim=0)
-        b = discs[(discs - first).norm(dim=1) > 4.5].mean(dim=0)
-        if (a - b).norm() < 12:
-            continue  # the discs touch: the two cannot be told apart this way
-        direction = (b - a) / (b - a).norm()
-        y, x = torch.meshgrid(torch.arange(64.0), torch.arange(64.0), indexing="ij")
-        away = torch.stack([y, x], dim=-1).double() - a
-        along, across = away @ direction, away[..., 1] * direction[0] - away[..., 0] * direction[1]
-        near = (across.abs() <= 1.5 - 1e-9) & (along > 0) & (along < (b - a).norm())
-        far = (across.abs() > 1.5 + 1e-9) | (along < 0) | (along > (b - a).norm())
-        assert (mask[near] > 0).all() and (mask[far] != 1).all()
+    y, x = torch.meshgrid(torch.arange(64.0), torch.arange(64.0), indexing="ij")
+    pixels = torch.stack([y, x], dim=-1).double()
+    checked = 0
+    for _, mask in LinesAndCircles(200):
+        centres = find_centres(mask)
+        if centres is None:
+            continue
+        a, b = centres
+        length = (b - a).norm()
+        direction = (b - a) / length
+        sideways = torch.stack([-direction[1], direction[0]])
+        along = (pixels - a) @ direction
+        across = ((pixels - a) @ sideways).abs()
+        on_line = (across <= 1.5 - 1e-9) & (along > 0) & (along < length)
+        off_line = (across > 1.5 + 1e-9) | (along < 0) | (along > length)
+        assert (mask[on_line] != BACKGROUND).all()
+        assert (mask[off_line] != LINE).all()
+        checked += 1
+    assert checked > 100
 
 
 def test_max_apart_bounds_the_distance_of_the_discs():
     data = LinesAndCircles(100, (32, 256), (1, 8), max_apart=2)
-    distances = {max(columns) - min(columns) for _, mask in data
-                 if (columns := [column for _, column in tiles_with_circles(data, mask)])}
+    distances = set()
+    for _, mask in data:
+        (_, first), (_, second) = tiles_with_circles(data, mask)
+        distances.add(abs(first - second))
     assert distances == {1, 2}
 
 
 def test_every_pair_of_tiles_is_as_likely_as_any_other():
     data = LinesAndCircles(1)
     rng = np.random.default_rng(0)
-    counts = Counter(tuple(map(tuple, data.draw_tiles(rng))) for _ in range(12_000))
-    assert len(counts) == 12 and all(850 < count < 1150 for count in counts.values())
+    counts = Counter()
+    for _ in range(12_000):
+        first, second = data.draw_tiles(rng).tolist()
+        counts[tuple(first), tuple(second)] += 1
+    assert len(counts) == 12
+    assert min(counts.values()) > 850
+    assert max(counts.values()) < 1150
 
 
 def test_a_huge_image_needs_no_list_of_all_its_pairs():
     LinesAndCircles(1, (2**15, 2**15), (2**10, 2**10))
 
 
-def test_an_image_depends_on_seed_split_and_index_alone():
+def assert_same_pairs(one, other):
+    for (image, mask), (other_image, other_mask) in zip(one, other, strict=True):
+        assert torch.equal(image, other_image)
+        assert torch.equal(mask, other_mask)
+
+
+def test_an_image_depends_neither_on_the_order_nor_on_the_length():
+    long = LinesAndCircles(500)
+    backwards = []
+    for i in reversed(range(20)):
+        backwards.append(long[i])
+    backwards.reverse()
+    assert_same_pairs(LinesAndCircles(20), backwards)
+
+
+def test_an_image_does_not_depend_on_the_process_that_draws_it():
     data = LinesAndCircles(20)
-    backwards = [LinesAndCircles(500)[i] for i in reversed(range(20))][::-1]
-    workers = [(image[0], mask[0]) for image, mask in DataLoader(data, num_workers=2)]
-    for one, two, three in zip(data, backwards, workers):
-        assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(one, two, three))
-    for other in (LinesAndCircles(20, seed=1), LinesAndCircles(20, split="test")):
-        assert sum(torch.equal(a[1], b[1]) for a, b in zip(data, other)) <= 1
+    assert_same_pairs(data, DataLoader(data, batch_size=None, num_workers=2))
 
 
-@pytest.mark.parametrize("size, grid", [((64, 64), (1, 1)), ((64, 64), (8, 8)), ((64, 64), (0, 2))])
+@pytest.mark.parametrize("option", [{"seed": 1}, {"split": "test"}])
+def test_another_seed_or_split_has_other_images(option):
+    data = LinesAndCircles(20)
+    other = LinesAndCircles(20, **option)
+    equal = 0
+    for i in range(20):
+        equal += torch.equal(data[i][1], other[i][1])
+    assert equal <= 1
+
+
+@pytest.mark.parametrize("size, grid", [
+    ((64, 64), (1, 1)),
+    ((64, 64), (8, 8)),
+    ((64, 64), (0, 2)),
+])
 def test_an_image_that_cannot_hold_two_discs_in_two_tiles_is_refused(size, grid):
-    with pytest.raises(ValueError, match="max_apart 0"):
-        LinesAndCircles(1, max_apart=0)
     with pytest.raises(ValueError, match=f"{size[0]}x{size[1]} in {grid[0]}x{grid[1]} tiles"):
         LinesAndCircles(1, size, grid)
+
+
+def test_discs_that_are_to_be_in_the_same_tile_are_refused():
+    with pytest.raises(ValueError, match="max_apart 0"):
+        LinesAndCircles(1, max_apart=0)

@@ -4,9 +4,10 @@ import json
 import pytest
 import torch
 
-import checkpoints
-import options
 import train
+from support import checkpoints, options
+from support.datasets import build_datasets
+from support.model import load_model
 from unet import UNet
 
 CPU = torch.device("cpu")
@@ -36,11 +37,11 @@ def test_a_run_leaves_its_files_and_they_say_the_same(tmp_path, capsys):
     said = capsys.readouterr().out
     assert "2x2 tiles on" in said and "test IoU" in said and f"{metrics['test']['iou']['circle']:.4f}" in said
 
-    model, config = train.load_model(out / "best.pt")
-    data = torch.utils.data.DataLoader(train.build_datasets(config)["test"], 4)
+    model, config = load_model(out / "best.pt")
+    data = torch.utils.data.DataLoader(build_datasets(config)["test"], 4)
     again = train.evaluate(model, data, config, [CPU])
     assert again == metrics["test"]
-    assert metrics["parameters"] == sum(weight.numel() for weight in train.load_model(out / "last.pt")[0].parameters())
+    assert metrics["parameters"] == sum(weight.numel() for weight in load_model(out / "last.pt")[0].parameters())
 
 
 def test_the_same_seed_gives_the_same_numbers_and_another_seed_others(tmp_path):
@@ -51,7 +52,7 @@ def test_the_same_seed_gives_the_same_numbers_and_another_seed_others(tmp_path):
 
 def test_the_plain_unet_is_a_flag_away(tmp_path):
     run("--grid", "1x1", "--comm-channels", 0, "--out", tmp_path / "plain")
-    UNet(1, 3, 2, 2).load_state_dict(train.load_model(tmp_path / "plain/best.pt")[0].state_dict())
+    UNet(1, 3, 2, 2).load_state_dict(load_model(tmp_path / "plain/best.pt")[0].state_dict())
 
 
 def line_iou(out, *options) -> float:
@@ -114,7 +115,7 @@ def test_a_folder_that_holds_something_is_not_written_to(tmp_path, capsys):
 def test_a_file_appears_whole_or_not_at_all(tmp_path):
     path = tmp_path / "best.pt"
     path.write_text("old")
-    with pytest.raises(KeyboardInterrupt), checkpoints.whole_file(path) as unfinished:
+    with pytest.raises(KeyboardInterrupt), checkpoints.atomic_write(path) as unfinished:
         unfinished.write_text("half")
         raise KeyboardInterrupt
     assert path.read_text() == "old"

@@ -1,33 +1,57 @@
 import pytest
 import torch
+from torch import nn
+from torch.nn import functional as F
 
 from unet import Decoder, DoubleConv, Encoder, UNet
 
 
-def parameters(module):
-    return sum(weight.numel() for weight in module.parameters())
+def number_of_parameters(module):
+    total = 0
+    for weight in module.parameters():
+        total += weight.numel()
+    return total
 
 
 @pytest.mark.parametrize("channels, classes, width, depth, expected", [
-    (1, 3, 4, 3, 30_479), (3, 7, 32, 4, 7_763_239), (3, 7, 64, 4, 31_038_023)])
+    (1, 3, 4, 3, 30_479),
+    (3, 7, 32, 4, 7_763_239),
+    (3, 7, 64, 4, 31_038_023),
+])
 def test_parameter_counts_of_the_paper(channels, classes, width, depth, expected):
-    assert parameters(UNet(channels, classes, width, depth)) == expected
+    unet = UNet(channels, classes, width, depth)
+    assert number_of_parameters(unet) == expected
 
 
-@pytest.mark.parametrize("depth, width, channels, classes", [(1, 3, 1, 2), (2, 5, 4, 3), (5, 2, 2, 9)])
+@pytest.mark.parametrize("depth, width, channels, classes", [
+    (1, 3, 1, 2),
+    (2, 5, 4, 3),
+    (5, 2, 2, 9),
+])
 def test_any_depth_width_channels_and_classes(depth, width, channels, classes):
     image = torch.randn(2, channels, 64, 96)
     skips, coarse = Encoder(channels, width, depth)(image)
-    assert [tuple(skip.shape) for skip in skips] == [(2, width * 2**l, 64 // 2**l, 96 // 2**l) for l in range(depth)]
-    assert coarse.shape == (2, width * 2**depth, 64 // 2**depth, 96 // 2**depth)
-    assert UNet(channels, classes, width, depth)(image).shape == (2, classes, 64, 96)
+    assert len(skips) == depth
+    for level, feature_map in enumerate([*skips, coarse]):
+        cell = 2**level
+        assert feature_map.shape == (2, width * cell, 64 // cell, 96 // cell)
+    logits = UNet(channels, classes, width, depth)(image)
+    assert logits.shape == (2, classes, 64, 96)
 
 
 def test_decoder_leaves_its_skips_as_they_are():
     skips, coarse = Encoder(1, 2, 2)(torch.randn(1, 1, 8, 8))
     before = list(skips)
     Decoder(2, 2, 2)(skips, coarse)
-    assert all(a is b for a, b in zip(before, skips)) and len(before) == len(skips)
+    for skip, same in zip(skips, before, strict=True):
+        assert skip is same
+
+
+def batch_norm_by_hand(x, norm):
+    """What batch norm does in evaluation mode."""
+    mean = norm.running_mean[:, None, None]
+    variance = norm.running_var[:, None, None]
+    return (x - mean) / (variance + norm.eps).sqrt()
 
 
 def test_double_conv_is_conv_norm_relu_dropout_twice():
@@ -35,19 +59,26 @@ def test_double_conv_is_conv_norm_relu_dropout_twice():
     x = torch.randn(2, 3, 6, 6)
     expected = x
     for conv, norm in ((block[0], block[1]), (block[4], block[5])):
-        norm.running_mean.uniform_(), norm.running_var.uniform_(0.5, 2)
-        expected = torch.nn.functional.conv2d(expected, conv.weight, padding=1)
-        mean, var = (buffer[:, None, None] for buffer in (norm.running_mean, norm.running_var))
-        expected = ((expected - mean) / (var + norm.eps).sqrt()).relu()
+        norm.running_mean.uniform_()
+        norm.running_var.uniform_(0.5, 2)
+        expected = F.conv2d(expected, conv.weight, padding=1)
+        expected = batch_norm_by_hand(expected, norm).relu()
     torch.testing.assert_close(block(x), expected)
-    block.train()
-    assert (block(x).amax(dim=(2, 3)) == 0).any()  # whole channels are dropped
+
+
+def test_double_conv_drops_whole_channels_in_training():
+    block = DoubleConv(3, 4, dropout=0.5).train()
+    out = block(torch.randn(2, 3, 6, 6))
+    largest = out.amax(dim=(2, 3))
+    assert (largest == 0).any()
 
 
 def test_every_weight_gets_a_gradient():
     net = UNet(1, 3, 2, 2)
     net(torch.randn(2, 1, 16, 16)).square().sum().backward()
-    assert all(weight.grad.abs().sum() > 0 for name, weight in net.named_parameters() if "head.bias" not in name)
+    for name, weight in net.named_parameters():
+        if name != "decoder.head.bias":
+            assert weight.grad.abs().sum() > 0, name
 
 
 def test_a_size_that_cannot_be_halved_is_named_with_its_fix():
@@ -55,25 +86,45 @@ def test_a_size_that_cannot_be_halved_is_named_with_its_fix():
         UNet(1, 2, 2, 3)(torch.zeros(1, 1, 20, 16))
 
 
+def group_norm(channels):
+    return nn.GroupNorm(2, channels)
+
+
+def count_layers(module, kind):
+    count = 0
+    for layer in module.modules():
+        count += isinstance(layer, kind)
+    return count
+
+
 def test_another_normalisation_takes_the_place_of_batch_norm():
-    block = DoubleConv(2, 4, dropout=0.0, norm=lambda channels: torch.nn.GroupNorm(2, channels))
+    block = DoubleConv(2, 4, dropout=0.0, norm=group_norm)
     x = torch.randn(3, 2, 8, 8)
     expected = x
-    for conv, _ in ((block[0], block[1]), (block[4], block[5])):
-        expected = torch.nn.functional.group_norm(conv(expected), 2).relu()
+    for conv in (block[0], block[4]):
+        expected = F.group_norm(conv(expected), 2).relu()
     torch.testing.assert_close(block(x), expected)
-    assert not any(isinstance(layer, torch.nn.BatchNorm2d) for layer in block)
+    assert count_layers(block, nn.BatchNorm2d) == 0
+
+
+def test_another_normalisation_of_the_unet_is_that_of_all_its_blocks():
+    depth = 3
+    unet = UNet(1, 2, 4, depth, norm=group_norm)
+    assert count_layers(unet.encoder, nn.GroupNorm) == 2 * (depth + 1)
+    assert count_layers(unet.decoder, nn.GroupNorm) == 2 * depth
+    assert count_layers(unet, nn.BatchNorm2d) == 0
 
 
 @pytest.mark.parametrize("depth, pixels", [(1, 8), (2, 22), (3, 46), (4, 94)])
 def test_how_far_the_unet_sees_beyond_a_tile_is_at_most_six_cells(depth, pixels):
-    """By the gradient of a pixel at the border of a tile, of which the input pixels differ from zero that it depends on."""
-    cell, side = 2**depth, 16 * 2**depth
+    """The gradient of a pixel at the border of a tile differs from zero for the pixels that it depends on."""
+    cell = 2**depth
     unet = UNet(1, 1, 1, depth, dropout=0).double().eval()
     for weight in unet.parameters():
         weight.data.abs_().add_(0.1)  # so that nothing cancels
-    image = torch.ones(1, 1, side, side, dtype=torch.double, requires_grad=True)
+    image = torch.ones(1, 1, 16 * cell, 16 * cell, dtype=torch.double, requires_grad=True)
     border = 8 * cell  # where a tile begins
     unet(image)[0, 0, border, border].backward()
-    seen = image.grad[0, 0, border].nonzero().min().item()
-    assert border - seen == pixels and pixels <= 6 * cell
+    first_seen = image.grad[0, 0, border].nonzero().min().item()
+    assert border - first_seen == pixels
+    assert pixels <= 6 * cell

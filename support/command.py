@@ -1,0 +1,104 @@
+"""How train.py begins, and how it ends when something goes wrong: with one line and exit status 2, never a traceback."""
+
+import argparse
+import shlex
+from contextlib import contextmanager
+from pathlib import Path
+
+from support import checkpoints, processes
+from support.checkpoints import CheckpointError
+from support.datasets import describe
+from support.image_files import DataError
+from support.model import load_model
+from support.options import check_folder, explain, parse, show_progress
+from support.run import STATE, Diverged
+
+
+def prepare_run(arguments: list[str] | None, parser) -> tuple[dict, Path, dict | None]:
+    """Reads the options and looks at all images, before anything is written.
+
+    Returns the configuration, the folder of the run, and what its last.pt holds if the run goes on. Ends the program, or
+    raises DataError or CheckpointError, if they do not fit together.
+    """
+    asked = parse(arguments, parser)
+    if asked["resume"]:
+        config, out, state = open_run(Path(asked["resume"]))
+        check_same(asked, config, out)
+        check_batch(config)
+        check_images(config)
+        print(f"{out}: {len(state['rows'])} of {config['epochs']} epochs are done")
+        return config, out, state
+    out = Path(asked["out"])
+    check_batch(asked)
+    check_folder(out)  # before the long look at all images; the folder is made after that
+    config = asked | describe(asked, show_progress)
+    out.mkdir(parents=True, exist_ok=True)
+    return config, out, None
+
+
+def open_run(out: Path) -> tuple[dict, Path, dict]:
+    """The configuration, the folder, and the content of last.pt, of a run that is to go on. CheckpointError."""
+    if out.is_file():
+        out = out.parent
+    path = out / "last.pt"
+    if not path.is_file():
+        raise CheckpointError(f"--resume {out}: holds no last.pt; name the folder of a run, runs/NAME")
+    state = checkpoints.load(path, STATE)
+    _, config = load_model(path)
+    config.setdefault("freeze_batch_norm", 1.0)  # a run that was begun before there was this option
+    return config, out, state
+
+
+def check_same(asked: dict, config: dict, out: Path):
+    """After a restart by torchrun --max-restarts all options are given again. DataError: they are those of another run."""
+    other = []
+    for name, value in asked.items():
+        if name in ("resume", "out") or (name == "image_size" and config["dataset"] != "synthetic"):
+            continue
+        if value != config[name]:
+            other.append(name)
+    if other:
+        raise DataError(f"--out {out}: holds a run with another {', another '.join(other)}; name another --out")
+
+
+def check_batch(config: dict):
+    if config["batch_size"] < processes.world_size():
+        raise DataError(f"--batch-size {config['batch_size']}: {processes.world_size()} processes need at least as many")
+
+
+def check_images(config: dict):
+    """DataError: the images of a run that goes on have changed."""
+    if config["dataset"] == "synthetic":
+        return
+    for name, value in describe(config, show_progress).items():
+        if config[name] != value:
+            raise DataError(f"{config['data']}: the images are not those of the run; put them back, or train anew")
+
+
+@contextmanager
+def one_line_errors(parser: argparse.ArgumentParser, config: dict | None = None, out: Path | None = None):
+    """Inside, what a user can mend ends the program with one line that tells how, and exit status 2.
+
+    config, out: the options and the folder of the run, once they are known.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        go_on = "nothing is lost"
+        if out is not None and (out / "last.pt").exists():
+            go_on = f"go on with: python train.py --resume {shlex.quote(str(out))}"
+        parser.exit(130, f"\nstopped; {go_on}\n" if processes.is_first() else None)
+    except Diverged as error:
+        parser.error(f"{error}: the likely cause is --lr {config['lr']}, take a smaller one; {out} holds what was saved "
+                     "before")
+    except (DataError, CheckpointError) as error:
+        parser.error(str(error))
+    except OSError as error:
+        parser.error(explain(error, out or Path()))
+    except (RuntimeError, MemoryError) as error:
+        if processes.is_lost(error):
+            parser.error(f"process {processes.rank()}: another one has ended, so this one stops; go on with --resume {out}")
+        if config is None or not processes.is_out_of_memory(error):
+            raise
+        parser.error(f"out of memory; this tells what would fit: python plan.py --run {shlex.quote(str(out))} "
+                     f"--memory {processes.memory_gib():.3g}")

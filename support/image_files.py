@@ -1,0 +1,176 @@
+"""One image or one mask on disk: reading it, with one line for everything that cannot be read.
+
+Images: PNG or JPEG (grey or colour; transparency is left out), or .npy of shape (H,W) or (H,W,C), which is mapped into
+memory, so that only the tile at hand is read. Masks: class indices from 0 on, and 255 for pixels that shall not count;
+PNG (grey or with a palette) or .npy of shape (H,W).
+What cannot be used raises DataError. Its message is one line: the file, what was expected, the fix.
+"""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps  # comes with matplotlib, which reads a palette as colours where a mask needs its indices
+from torch import Tensor
+
+from support.loss import IGNORE
+
+PICTURES = (".png", ".jpg", ".jpeg")
+Image.MAX_IMAGE_PIXELS = None  # large images are what this project is for
+
+DEEPGLOBE = {  # class: red, green, blue
+    "urban": (0, 1, 1),
+    "agriculture": (1, 1, 0),
+    "rangeland": (1, 0, 1),
+    "forest": (0, 1, 0),
+    "water": (0, 0, 1),
+    "barren": (1, 1, 1),
+    "unknown": (0, 0, 0),
+}
+
+
+class DataError(ValueError):
+    """What is on disk cannot be used: one line that names the file, what was expected, and the fix."""
+
+
+# Reading
+
+def open_picture(path: Path) -> Image.Image:
+    if not path.is_file():
+        kind = "a folder" if path.is_dir() else "no such file"
+        raise DataError(f"{path}: {kind}; name a PNG, a JPEG or an .npy")
+    try:
+        with Image.open(path, formats=("PNG", "JPEG")) as picture:
+            has_16_bits = ";16" in str(picture.tile)
+            picture.load()
+    except Image.UnidentifiedImageError:
+        raise DataError(f"{path}: cannot be read (no PNG or JPEG); replace it, or do without it") from None
+    except Exception as error:  # a damaged file fails in as many ways as there are places in it
+        raise DataError(f"{path}: cannot be read ({error}); replace it, or do without it") from None
+    if has_16_bits and not picture.mode.startswith("I"):  # Pillow has 16 bits for grey alone
+        raise DataError(f"{path}: a PNG of 16 bits in more than one channel, of which 8 would be read; save it as .npy")
+    return picture
+
+
+def open_array(path: Path, dimensions: tuple[int, ...], shape: str) -> np.ndarray:
+    """The array of an .npy file, mapped into memory. dimensions: how many it may have; shape: the same in words."""
+    try:
+        array = np.load(path, mmap_mode="c")  # "c": changes, which torch asks to be possible, would not reach the file
+        if not isinstance(array, np.ndarray):
+            raise ValueError("an archive of several")
+    except Exception as error:
+        raise DataError(f"{path}: cannot be read as an array ({error}); save it again with numpy.save") from None
+    if array.ndim not in dimensions or 0 in array.shape:
+        raise DataError(f"{path}: an array of shape {array.shape} where {shape} was expected")
+    if array.dtype.kind not in "buif" or array.dtype.itemsize > 8 or not array.dtype.isnative:
+        raise DataError(f"{path}: an array of {array.dtype} where numbers were expected; convert it with .astype")
+    return array
+
+
+def read_image(path: Path) -> np.ndarray:
+    """(H,W,C) in the type of the file: uint8 or uint16 for pictures, any for .npy, which is mapped and not read."""
+    if path.suffix.lower() == ".npy":
+        image = open_array(path, (2, 3), "(H,W) or (H,W,C)")
+        if image.ndim == 3 and image.shape[2] > 64:
+            raise DataError(f"{path}: an array of shape {image.shape} has {image.shape[2]} channels; (H,W,C) was "
+                            "expected, so if it is (C,H,W) save array.transpose(1, 2, 0)")
+    else:
+        image = picture_to_array(ImageOps.exif_transpose(open_picture(path)))  # cameras store how they were held
+    if image.ndim == 2:
+        image = image[..., None]
+    return image
+
+
+def picture_to_array(picture: Image.Image) -> np.ndarray:
+    if picture.mode.startswith("I"):
+        return np.array(picture).astype(np.uint16)
+    if picture.mode in ("1", "L", "LA"):
+        return np.array(picture.convert("L"))
+    return np.array(picture.convert("RGB"))
+
+
+def read_mask(path: Path) -> np.ndarray:
+    """(H,W) class indices in the type of the file."""
+    if path.suffix.lower() == ".npy":
+        mask = open_array(path, (2,), "(H,W)")
+    else:
+        picture = open_picture(path)
+        if picture.format != "PNG":
+            raise DataError(f"{path}: a {picture.format} changes the values of a mask; save masks as PNG or .npy")
+        if picture.mode not in ("1", "L", "P") and not picture.mode.startswith("I"):
+            raise DataError(f"{path}: a mask in colour or with transparency ({picture.mode}) where class indices were "
+                            "expected; for DeepGlobe take --dataset deepglobe, else save a PNG with one grey value per "
+                            "class: 0, 1, 2, ...")
+        mask = np.array(picture)
+    if mask.dtype.kind == "f":
+        raise DataError(f"{path}: a mask of {mask.dtype} where whole numbers were expected; save mask.astype('uint8')")
+    return mask
+
+
+def read_deepglobe_mask(path: Path) -> np.ndarray:
+    """(H,W) uint8. Colours are not always pure, so they are cut at 128; unknown (and red, which means nothing) is 255."""
+    picture = open_picture(path)
+    if picture.mode not in ("RGB", "RGBA", "P"):
+        raise DataError(f"{path}: a grey mask ({picture.mode}) where DeepGlobe's colours were expected; for class indices "
+                        "take --dataset folder")
+    label_of = np.full(8, IGNORE, np.uint8)  # of each of the 8 pure colours, numbered as red, green and blue in binary
+    for label, (name, (red, green, blue)) in enumerate(DEEPGLOBE.items()):
+        if name != "unknown":
+            label_of[4 * red + 2 * green + blue] = label
+    pixels = np.array(picture.convert("RGB")) >> 7  # 0 below 128, else 1
+    return label_of[4 * pixels[..., 0] + 2 * pixels[..., 1] + pixels[..., 2]]
+
+
+# What the numbers mean
+
+def white(image: Tensor) -> int:
+    """The value of white: 255 or 65535 in pictures of 8 or 16 bits, 1 in any other type."""
+    if image.dtype in (torch.uint8, torch.uint16):
+        return torch.iinfo(image.dtype).max
+    return 1
+
+
+def normalise(tile: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """A tile (B,C,h,w) as it is stored -> numbers of mean 0 and standard deviation 1 in each channel.
+
+    mean, std: of each channel of the training images, where white is 1. Tiles travel as they are stored, which for a
+    photograph is a quarter of the bytes, and are normalised on their device.
+    """
+    x = tile.to(torch.get_default_dtype(), memory_format=torch.contiguous_format) / white(tile)
+    for channel in range(x.shape[1]):
+        x[:, channel] = (x[:, channel] - mean[channel]) / std[channel]
+    return x
+
+
+# Checking
+
+def blocks(array: np.ndarray) -> Iterator[np.ndarray]:
+    """Some rows at a time, a few million pixels: a mapped array may be larger than the memory."""
+    rows = max(2**22 // array.shape[1], 1)
+    for top in range(0, len(array), rows):
+        yield array[top:top + rows]
+
+
+def finite_blocks(image: np.ndarray, path: Path) -> Iterator[Tensor]:
+    """The blocks of an image as tensors. DataError: one holds what no float32 can."""
+    for block in blocks(image):
+        x = torch.from_numpy(block)
+        if x.is_floating_point() and not x.float().isfinite().all():
+            raise DataError(f"{path}: holds nan, inf or numbers beyond 1e38; replace them")
+        yield x
+
+
+def class_indices(mask: np.ndarray, path: Path, classes: int) -> set[int]:
+    """The class indices that occur. DataError: a value is none of 0 ... classes - 1, and not IGNORE."""
+    found = set()
+    for block in blocks(mask):
+        values = block[block != IGNORE]
+        if values.size == 0:
+            continue
+        for value in (values.min(), values.max()):
+            if not 0 <= value < classes:
+                raise DataError(f"{path}: holds the value {value}; a mask holds 0 to {classes - 1}, or {IGNORE} for pixels "
+                                "that do not count")
+        found |= set(np.unique(values).tolist())
+    return found

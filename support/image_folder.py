@@ -1,0 +1,200 @@
+"""Pairs of an image and a mask in a folder of your own, or in DeepGlobe's as it is distributed.
+
+    DIR/train/images/NAME.png    DIR/train/masks/NAME.png    and the same in DIR/val and DIR/test; without one of them,
+                                                             a tenth of the training pairs, drawn by the seed, stands in
+    DIR/classes.txt              names of the classes, one a line; without it they are numbered
+
+Which files can be read tells image_files.py. Letters as in decompose.py.
+"""
+
+import functools
+import unicodedata
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from support.image_files import DEEPGLOBE, PICTURES, DataError, read_deepglobe_mask, read_image, read_mask
+from support.loss import IGNORE
+
+SPLITS = ("train", "val", "test")
+UNREADABLE = (".tif", ".tiff", ".bmp", ".gif", ".webp", ".jp2", ".npz")
+SPLIT_OF_THE_LITERATURE = Path(__file__).parent.parent / "experiments/deepglobe_split.txt"
+Pair = tuple[Path, Path]  # image, mask
+
+
+# Finding the pairs
+
+@functools.cache
+def say_once(line: str):
+    """Each line once, however often a folder is opened."""
+    print(line)
+
+
+def find_files(folder: Path, ending: str = "") -> dict[str, Path]:
+    """The images of a folder by their names, without `ending`. DataError."""
+    if not folder.is_dir():
+        raise DataError(f"{folder}: no such folder; images belong in DIR/train/images and masks in DIR/train/masks, and "
+                        "the same in DIR/val and DIR/test if these are there")
+    found = {}
+    for path in sorted(folder.iterdir()):
+        suffix = path.suffix.lower()
+        if path.name.startswith("."):
+            continue
+        if suffix in UNREADABLE:
+            raise DataError(f"{path}: only PNG, JPEG and .npy can be read; convert it, or move it elsewhere")
+        if suffix not in (*PICTURES, ".npy") or not path.stem.endswith(ending):
+            continue
+        name = name_of(path, ending)
+        if name in found:
+            raise DataError(f"{path}: {found[name].name} has the same name; keep one of the two")
+        found[name] = path
+    return found
+
+
+def name_of(path: Path, ending: str) -> str:
+    """The name that an image and its mask share. File systems write accents in two ways; here they are one."""
+    return unicodedata.normalize("NFC", path.stem.removesuffix(ending))
+
+
+def match(images: dict[str, Path], masks: dict[str, Path], folder: Path) -> dict[str, Pair]:
+    """The pairs by their names. DataError: there are none, or one of a pair is missing."""
+    if not images:
+        raise DataError(f"{folder}: no image ({', '.join(PICTURES)}, .npy); convert others, such as TIFF, to one of these")
+    for name in sorted(images.keys() ^ masks.keys()):
+        path, other = (images[name], "mask") if name in images else (masks[name], "image")
+        raise DataError(f"{path}: there is no {other} named {name}; the two files of a pair have the same name, so add or "
+                        "rename it, or remove this file")
+    return {name: (images[name], masks[name]) for name in images}
+
+
+def find_pairs(root: Path, seed: int) -> dict[str, list[Pair]]:
+    """The pairs of each split of a folder of your own."""
+    split = {}
+    for name in SPLITS:
+        folder = root / name
+        if name == "train" or folder.is_dir():
+            pairs = match(find_files(folder / "images"), find_files(folder / "masks"), folder / "images")
+            split[name] = list(pairs.values())
+    return complete(split, root, seed)
+
+
+def find_deepglobe(root: Path, seed: int) -> dict[str, list[Pair]]:
+    """The pairs DIR/train/ID_sat.jpg, ID_mask.png, in the split of the literature if that knows all of them."""
+    folder = root / "train"
+    pairs = match(find_files(folder, "_sat"), find_files(folder, "_mask"), folder)
+    known = {}
+    for line in SPLIT_OF_THE_LITERATURE.read_text().splitlines():
+        identity, name = line.split()
+        known[identity] = name
+    split = {name: [] for name in SPLITS}
+    for identity, pair in pairs.items():
+        if identity not in known:
+            return complete({"train": list(pairs.values())}, root, seed)
+        split[known[identity]].append(pair)
+    if not all(split.values()):
+        return complete({"train": list(pairs.values())}, root, seed)
+    say_once(f"{root}: {len(pairs)} pairs in the split of the literature")
+    return split
+
+
+def complete(split: dict[str, list[Pair]], root: Path, seed: int) -> dict[str, list[Pair]]:
+    """All three splits. One that is missing gets a tenth of the training pairs, at least one, drawn by the seed."""
+    missing = [name for name in SPLITS if name not in split]
+    if not missing:
+        return split
+    total = len(split["train"])
+    if total <= len(missing):
+        raise DataError(f"{root}: {total} training pairs are too few to take {' and '.join(missing)} from; add some")
+    order = np.random.default_rng(seed).permutation(total)
+    pairs = [split["train"][i] for i in order]
+    tenth = max(total // 10, 1)
+    for name in missing:
+        split[name] = sorted(pairs[:tenth])
+        pairs = pairs[tenth:]
+    split["train"] = sorted(pairs)
+    say_once(f"{root}: no {' or '.join(missing)}, so {tenth} of the training pairs each, drawn by the seed")
+    return split
+
+
+def class_names(root: Path, deepglobe: bool) -> list[str] | None:
+    """DeepGlobe's, or the lines of DIR/classes.txt, or None. DataError."""
+    if deepglobe:
+        return list(DEEPGLOBE)
+    path = root / "classes.txt"
+    if not path.exists():
+        return None
+    try:
+        lines = path.read_text("utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read ({error}); save it as text, one name a line") from None
+    names = [line.strip() for line in lines if line.strip()]
+    different = len(set(names))
+    if different < len(names) or not 2 <= len(names) <= IGNORE:
+        raise DataError(f"{path}: holds {len(names)} names, {different} of them different; 2 to {IGNORE} different "
+                        "ones were expected, one a line")
+    return names
+
+
+# The data set
+
+class ImageFolder(Dataset):
+    """Pairs of an image (C,H,W) and a mask (H,W), both as stored, class indices in uint8.
+
+    crop: (height, width) of a window, somewhere else each time. augment: flips, and quarter turns of square images; for
+    that a mapped image is read, or of a window only the window. Both draw from torch's global generator.
+    """
+
+    def __init__(self, pairs: list[Pair], read_mask: Callable = read_mask, crop: tuple[int, int] | None = None,
+                 augment: bool = False):
+        self.pairs = pairs
+        self.read_mask = read_mask
+        self.crop = crop
+        self.augment = augment
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
+        image_path, mask_path = self.pairs[i]
+        image = read_image(image_path)
+        mask = self.read_mask(mask_path)
+        if self.crop is not None:
+            height, width = self.crop
+            top = torch.randint(mask.shape[0] - height + 1, ()).item()
+            left = torch.randint(mask.shape[1] - width + 1, ()).item()
+            image = image[top:top + height, left:left + width]
+            mask = mask[top:top + height, left:left + width]
+        if self.augment:
+            image, mask = flip_and_turn(image, mask)
+        mask = mask.astype(np.uint8, copy=False)
+        return torch.from_numpy(image).permute(2, 0, 1), torch.from_numpy(mask)
+
+
+def flip_and_turn(image: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """An image (H,W,C) and its mask (H,W), both upside down, mirrored and turned, each with a chance of one half."""
+    upside_down, mirrored, turned = torch.randint(2, (3,)).tolist()
+    if upside_down:
+        image, mask = image[::-1], mask[::-1]
+    if mirrored:
+        image, mask = image[:, ::-1], mask[:, ::-1]
+    if turned and mask.shape[0] == mask.shape[1]:
+        image, mask = image.swapaxes(0, 1), mask.T
+    return image.copy(), mask.copy()  # torch has no negative strides
+
+
+def open_folder(root: Path, deepglobe: bool, seed: int, crop: tuple[int, int] | None = None,
+                augment: bool = False) -> dict[str, ImageFolder]:
+    """Train, val and test of DIR. Crops and augmentation are for training. DataError."""
+    if deepglobe:
+        pairs, reader = find_deepglobe(root, seed), read_deepglobe_mask
+    else:
+        pairs, reader = find_pairs(root, seed), read_mask
+    return {
+        "train": ImageFolder(pairs["train"], reader, crop, augment),
+        "val": ImageFolder(pairs["val"], reader),
+        "test": ImageFolder(pairs["test"], reader),
+    }

@@ -1,0 +1,52 @@
+"""The loss: one minus the mean Dice, plus the mean cross-entropy. Everything that says so stands in this file.
+
+No device ever holds the whole mask. So each tile gives a few sums over its pixels (`loss_sums`), these sums are added up
+over tiles, images and processes, and the loss is made of the totals (`loss_from_sums`). It equals the loss of the
+stitched image. Another loss changes these functions and nothing else.
+Letters as in decompose.py. This file imports nothing but torch.
+"""
+
+import torch
+from torch import Tensor
+
+IGNORE = 255  # the value in a mask of pixels that are neither learned nor scored
+
+
+def number_of_sums(classes: int) -> int:
+    """How many numbers `loss_sums` returns."""
+    return 2 * classes + 2
+
+
+def loss_sums(logits: Tensor, mask: Tensor) -> Tensor:
+    """Logits (B,L,h,w) and mask (B,h,w) of a tile -> (2L+2,) float32.
+
+    They are, for each class, the intersection; for each class, the cardinality (predicted plus true); the sum of the
+    cross-entropy; and the number of pixels that count. float32 also where the logits are bfloat16.
+    """
+    log_probability = logits.float().log_softmax(dim=1)
+    mask = mask.unsqueeze(1)
+    counts = mask != IGNORE
+    one_hot = torch.zeros_like(log_probability)  # it stays zero where a pixel does not count
+    one_hot.scatter_(1, mask.long().where(counts, 0), counts.float())
+    probability = log_probability.exp() * counts
+
+    pixels = (0, 2, 3)
+    intersection = (probability * one_hot).sum(pixels)
+    cardinality = probability.sum(pixels) + one_hot.sum(pixels)
+    cross_entropy = -(log_probability * one_hot).sum()
+    pixels_that_count = counts.sum().float()
+    scalars = torch.stack([cross_entropy, pixels_that_count])
+    return torch.cat([intersection, cardinality, scalars])
+
+
+def loss_from_sums(sums: Tensor) -> Tensor:
+    """The sums of all tiles, added up -> the loss, a scalar.
+
+    The Dice of a class is (2 * intersection + 1) / (cardinality + 1), so a class that is neither there nor predicted has 1.
+    """
+    classes = (len(sums) - 2) // 2
+    intersection = sums[:classes]
+    cardinality = sums[classes:2 * classes]
+    cross_entropy, pixels = sums[2 * classes:]
+    dice = (2 * intersection + 1) / (cardinality + 1)
+    return 1 - dice.mean() + cross_entropy / pixels.clamp(min=1)

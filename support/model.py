@@ -1,0 +1,51 @@
+"""Building the decomposed U-Net of the paper, and loading one that was trained."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from comm_net import CommNet
+from decompose import DecomposedUNet
+from support import checkpoints
+from support.checkpoints import CheckpointError
+from unet import Decoder, Encoder
+
+
+def build_model(channels: int, classes: int, width: int = 8, depth: int = 3, comm_channels: int = 32,
+                dilations: Sequence[int] = (1, 1, 1), dropout: float = 0.0) -> DecomposedUNet:
+    """A new network for images of `channels` channels and masks of `classes` classes.
+
+    width: channels at full resolution; depth: how often the encoder halves the resolution; comm_channels: K, at most
+    width * 2^depth, or 0 for tiles that know nothing of each other; dilations: of each convolution of the communication
+    network; dropout: probability with which a channel is left out.
+    """
+    encoder = Encoder(channels, width, depth, dropout)
+    decoder = Decoder(classes, width, depth, dropout)
+    comm_net = CommNet(comm_channels, dropout, dilations) if comm_channels > 0 else None
+    model = DecomposedUNet(encoder, decoder, comm_net, comm_channels)
+    for weight in model.parameters():
+        if weight.ndim == 4:  # convolutions are faster in this memory format
+            weight.data = weight.data.contiguous(memory_format=torch.channels_last)
+    return model
+
+
+def build_from_config(config: dict) -> DecomposedUNet:
+    """The network that a configuration describes, as train.py makes it and a checkpoint holds it under "config"."""
+    return build_model(config["channels"], len(config["classes"]), config["width"], config["depth"],
+                       config["comm_channels"], config["dilations"], config["dropout"])
+
+
+def load_model(path: Path) -> tuple[DecomposedUNet, dict]:
+    """The network of a checkpoint, on the CPU and in evaluation mode, and its configuration. CheckpointError."""
+    state = checkpoints.load(path)
+    config = state["config"]
+    try:
+        model = build_from_config(config)
+        model.load_state_dict(state["model"])
+        for name in ("dataset", "dtype", "colors", "grid", "image_size", "overlap", "mean", "std", "amp"):
+            config[name]  # KeyError if it is not there
+    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError):
+        raise CheckpointError(f"{path}: its weights do not fit its configuration, or it comes from another version of "
+                              "train.py; name another checkpoint") from None
+    return model.eval(), config

@@ -1,0 +1,115 @@
+"""Pictures of a run: how it learned, and what it sees. This file knows arrays and colours, but no models or devices."""
+
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+
+matplotlib.use("Agg")  # draws into files and needs no screen
+import matplotlib.pyplot as plt
+from matplotlib.colors import ListedColormap
+from matplotlib.patches import Patch
+from matplotlib.ticker import MaxNLocator
+
+
+def draw_curves(path: Path, rows: list[dict], classes: list[str], colors: list):
+    """Draws the rows of log.csv: the losses on the left, the validation IoU of each class on the right."""
+    epochs = column(rows, "epoch")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
+    left.plot(epochs, column(rows, "train_loss"), "o-", label="train loss")
+    left.plot(epochs, column(rows, "val_loss"), "o-", label="val loss")
+    left.set_xlabel("epoch")
+    left.set_ylabel("loss")
+    left.set_yscale("log")
+    for name, color in zip(classes, colors):
+        right.plot(epochs, column(rows, f"val_iou_{name}"), "o-", label=name, color=color)
+    right.set_xlabel("epoch")
+    right.set_ylabel("validation IoU")
+    right.set_ylim(0, 1.02)
+    for axes in (left, right):
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        axes.grid(alpha=0.3)
+        axes.legend()
+    save(figure, path)
+
+
+def column(rows: list[dict], name: str) -> list:
+    return [row[name] for row in rows]
+
+
+def draw_predictions(path: Path, columns: dict[str, list], boxes: list[list], classes: list[str], colors: list):
+    """Draws a table of pictures, with the borders between tiles as red lines.
+
+    columns: for each title the pictures below it. A picture is an image (C,H,W), or a mask (H,W) of class indices.
+    boxes: for each row of the table, the (top, bottom, left, right) of every tile.
+    """
+    heights = []  # of each row, when a picture is 1 wide
+    for picture in list(columns.values())[0]:
+        height, width = picture.shape[-2:]
+        heights.append(height / width)
+    total = sum(heights)
+    inches = 2.2 * np.clip(len(heights) / total, 0.25, 2)  # width of a picture: more for wide ones, less for tall ones
+    size = (inches * len(columns), inches * total + 1)
+    figure, table = plt.subplots(
+        len(heights),
+        len(columns),
+        figsize=size,
+        height_ratios=heights,
+        squeeze=False,
+        layout="constrained",
+    )
+    for j, title in enumerate(columns):
+        table[0, j].set_title(title)
+        for i, picture in enumerate(columns[title]):
+            show(table[i, j], picture, boxes[i], colors)
+    patches = []
+    for name, color in zip(classes, colors):
+        patches.append(Patch(color=color, label=name, ec="gray"))
+    figure.legend(handles=patches, loc="outside lower center", ncols=min(len(classes), 4), frameon=False)
+    save(figure, path)
+
+
+def show(axes, picture, boxes: list, colors: list):
+    """Shows an image (C,H,W) in grey or colour, or a mask (H,W) in the colours of its classes.
+
+    Pixels of a mask that do not count are grey. The borders between the boxes of tiles are red lines.
+    """
+    picture = np.asarray(picture)
+    if picture.ndim == 3:
+        axes.imshow(visible(picture))
+    else:
+        palette = ListedColormap(colors).with_extremes(over="gray")
+        axes.imshow(picture, cmap=palette, vmin=-0.5, vmax=len(colors) - 0.5, interpolation="nearest")
+    for top, _, left, _ in boxes:
+        axes.axhline(top - 0.5, color="tab:red", linewidth=0.7)
+        axes.axvline(left - 0.5, color="tab:red", linewidth=0.7)
+    height, width = picture.shape[-2:]
+    axes.set_xlim(-0.5, width - 0.5)
+    axes.set_ylim(height - 0.5, -0.5)
+    axes.set_xticks([])
+    axes.set_yticks([])
+
+
+def visible(image: np.ndarray) -> np.ndarray:
+    """An image (C,H,W) of any numbers -> (H,W,3), float32 from 0 to 1, as matplotlib shows it.
+
+    Of three channels or more, the first three are red, green and blue. Of one or two, the first one is grey.
+    """
+    if len(image) >= 3:
+        image = image[:3]
+    else:
+        image = image[[0, 0, 0]]
+    if image.dtype == np.uint8:
+        smallest, largest = 0, 255
+    else:
+        smallest, largest = float(image.min()), float(image.max())
+    span = largest - smallest
+    if span == 0:
+        span = 1
+    image = (image.astype(np.float32) - smallest) / span
+    return image.transpose(1, 2, 0)
+
+
+def save(figure, path: Path):
+    figure.savefig(path, dpi=110)
+    plt.close(figure)

@@ -1,0 +1,179 @@
+"""Many processes, started by torchrun: each takes its share of every batch, and cuts its images over its own GPUs.
+
+    torchrun --nnodes 8 --nproc-per-node 1 train.py --gpus 4 ...     # 8 machines with 4 GPUs each
+    torchrun --nproc-per-node 2 train.py --gpus 2 ...                # one machine with 4 GPUs
+
+All processes hold the same weights. Once per step the gradients are averaged (by DistributedDataParallel) and the few
+sums of the loss are added up; once per epoch the running statistics are averaged. Nothing that travels has the size of
+an image. Without torchrun there is one process, and everything here leaves things as they are.
+"""
+
+import os
+import resource
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import BatchSampler, Sampler
+
+CAN_RESTART = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"  # torchrun --max-restarts
+REMEMBERS = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # after a restart, the addresses of before
+LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))  # which process of this machine
+
+
+@contextmanager
+def together():
+    """Inside, the processes that torchrun started know each other."""
+    if dist.is_torchelastic_launched():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    yield
+    if dist.is_initialized():  # not after an error: to wait for processes that wait for this one takes for ever
+        dist.destroy_process_group()
+
+
+def rank() -> int:
+    """The number of this process, 0 for the first."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """The number of processes."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_first() -> bool:
+    """Whether this is the process that writes files and speaks for all."""
+    return rank() == 0
+
+
+def gpus_each() -> int:
+    """How many GPUs of this machine each of its processes can have."""
+    return torch.cuda.device_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def find_devices(gpus: int, tiles: str) -> list[torch.device]:
+    """The GPUs that are asked for, as far as they exist, or else the CPU. Says in one line where the tiles are computed;
+    from then on only the first process prints."""
+    found = min(gpus, gpus_each())
+    devices = [torch.device("cuda", LOCAL_RANK * found + i) for i in range(found)]
+    if not devices:
+        devices = [torch.device("cpu")]
+    line = f"{tiles} on {', '.join(map(str, devices))}"
+    if found < gpus:
+        line += f" ({gpus} GPUs asked for, {found} found)"
+    if world_size() > 1:
+        line = f"process {rank()} of {world_size()}: {line}"
+    print(line, flush=True)
+    if not is_first():
+        sys.stdout = open(os.devnull, "w")
+    return devices
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in str(error)
+
+
+def is_lost(error: Exception) -> bool:
+    """Whether an error only says that another process has ended."""
+    return dist.is_initialized() and (isinstance(error, dist.DistError) or "gloo" in str(error).lower())
+
+
+def from_first(function: Callable, *arguments):
+    """What function(*arguments) returns in the first process, in every process. Only the first one calls it; if it fails
+    there, it says why, and the others end."""
+    if not dist.is_initialized():
+        return function(*arguments)
+    patient = dist.new_group(backend="gloo", timeout=timedelta(hours=12))  # the first may have many images to look at
+    result, failed = None, True
+    try:
+        if is_first():
+            result = function(*arguments)
+            failed = False
+    finally:
+        message = [result, failed]
+        dist.broadcast_object_list(message, group=patient)
+    result, failed = message
+    if failed:
+        sys.exit(2)
+    return result
+
+
+class Shares(Sampler):
+    """The share of one process in every batch: its images rank, rank + world_size, ... The batches are those of a single
+    process, so a run can go on with any number of processes. Of a last batch with fewer images than processes, those
+    that are left without one get its first image."""
+
+    def __init__(self, batches: BatchSampler):
+        self.batches = batches
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for batch in self.batches:
+            yield batch[rank()::world_size()] or batch[:1]
+
+
+def seed(number: int, epoch: int):
+    """Every process but the first draws random numbers of its own in each epoch, so that they need not be saved."""
+    if not is_first():
+        torch.manual_seed(hash((number, epoch, rank())) % 2**63)
+
+
+def parallel(model: nn.Module) -> nn.Module:
+    """The model to train with. In the backward pass it averages the gradients of all processes."""
+    if not dist.is_initialized():
+        return model
+    warnings.filterwarnings("ignore", "Grad strides do not match")  # of a 1x1 convolution, where all orders are one
+    with warnings.catch_warnings():  # PyTorch 2.13 has another name for broadcast_buffers, which 2.11 does not know
+        warnings.simplefilter("ignore", FutureWarning)
+        return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+
+def all_reduce_sum(x: Tensor) -> Tensor:
+    """The sum over processes, with the gradient of a sum.
+
+    The value added at the end is zero, but it has a gradient. DistributedDataParallel divides the gradient by the number
+    of processes, and the factor undoes that.
+    """
+    if not dist.is_initialized():
+        return x
+    total = x.detach().clone()
+    dist.all_reduce(total)
+    if x.requires_grad:
+        total = total + world_size() * (x - x.detach())
+    return total
+
+
+@torch.no_grad()
+def average_buffers(model: nn.Module):
+    """The running statistics become their mean over processes. They are linear in what each step adds to them, so once per
+    epoch is as good as once per step."""
+    if not dist.is_initialized():
+        return
+    for buffer in model.buffers():
+        if buffer.is_floating_point():
+            dist.all_reduce(buffer)
+            buffer /= world_size()
+
+
+def memory_gib() -> float:
+    """Nine tenths of the smallest GPU's memory, or of the machine's if there is no GPU: what a step may need."""
+    if torch.cuda.is_available():
+        sizes = [torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count())]
+    else:
+        sizes = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    return 0.9 * min(sizes) / 2**30
+
+
+def peak_mib(devices: list) -> dict[str, float]:
+    """The allocator's peak on each GPU; without one, the process's peak resident memory, which Linux counts in KiB."""
+    if devices[0].type == "cuda":
+        return {str(device): torch.cuda.max_memory_allocated(device) / 2**20 for device in devices}
+    return {"cpu": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10}

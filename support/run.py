@@ -1,0 +1,188 @@
+"""A run: what training changes, kept so that it can go on after an interruption, and what it leaves in its folder.
+
+    last.pt           after every epoch: all that --resume needs to go on as if nothing had happened
+    best.pt           the network of the epoch with the best mean IoU on the validation images
+    log.csv           a row for each epoch
+    metrics.json      at the end: the options, the scores, time and memory
+    curves.png        losses and scores of the epochs
+    predictions.png   some test images, their masks, and what the network makes of them
+
+Of several processes only the first one writes.
+"""
+
+import statistics
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from support import checkpoints, plots, processes
+from support.checkpoints import CheckpointError
+from support.options import show_progress
+from support.sizes import build_tiling
+
+STATE = ("config", "rows", "best", "model", "optimizer", "schedule", "order", "random")  # the entries of last.pt
+
+
+class Diverged(ArithmeticError):
+    """The loss is nan or infinite."""
+
+
+class Run:
+    """config, out: the options of the run, and its folder. model, optimizer, schedule, order (the generator that shuffles
+    the training images): the objects that training changes; the run reads them to save them."""
+
+    def __init__(self, config: dict, out: Path, model, optimizer, schedule, order: torch.Generator):
+        self.config = config
+        self.out = out
+        self.model = model
+        self.optimizer = optimizer
+        self.schedule = schedule
+        self.order = order
+        self.rows = []  # of log.csv
+        self.best = None  # the validation scores of the best epoch
+        self.started = time.perf_counter()
+
+    def begin(self, state: dict | None):
+        """Goes on from a state, or else saves that of the beginning. Prints the heading of the table of epochs.
+
+        CheckpointError: the state is that of another network, or of other images.
+        """
+        if state is not None:
+            self.restore(state)
+            for row in self.rows:
+                self.started -= row["seconds"]
+        else:
+            self.save(self.out / "last.pt", self.state())
+        heading = "epoch  train loss  val loss"
+        for name in self.config["classes"]:
+            heading += f"  IoU {name}"
+        print(f"{heading}  mean IoU  seconds")
+
+    def state(self) -> dict:
+        return {"config": self.config, "rows": self.rows, "best": self.best, "model": self.model.state_dict(),
+                "optimizer": self.optimizer.state_dict(), "schedule": self.schedule.state_dict(),
+                "order": self.order.get_state(), "random": [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]}
+
+    def restore(self, state: dict):
+        total_steps = self.schedule.total_steps
+        try:
+            self.rows = state["rows"]
+            self.best = state["best"]
+            self.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.schedule.load_state_dict(state["schedule"])
+            self.order.set_state(state["order"])
+            torch.set_rng_state(state["random"][0])
+            for gpu, random in enumerate(state["random"][1:torch.cuda.device_count() + 1]):
+                torch.cuda.set_rng_state(random, gpu)
+        except (KeyError, IndexError, TypeError, ValueError, RuntimeError):
+            raise CheckpointError("last.pt: what it holds does not go together; train anew") from None
+        if self.schedule.total_steps != total_steps:
+            raise CheckpointError(f"the run had {self.schedule.total_steps} steps to make and would now have {total_steps}, "
+                                  "so the images have changed; put them back, or train anew")
+
+    def save(self, path: Path, state: dict):
+        if processes.is_first():
+            checkpoints.save(path, state)
+
+    def epochs_done(self) -> int:
+        return len(self.rows)
+
+    def best_epoch(self) -> int:
+        """The epoch whose weights best.pt holds; 0 before the first."""
+        for row in self.rows:
+            if row["val_mean_iou"] == self.best["mean_iou"]:
+                return row["epoch"]
+        return 0
+
+    def keep_best(self, validation: dict):
+        """Saves the network to best.pt if its validation scores are the best so far."""
+        if self.best is None or validation["mean_iou"] > self.best["mean_iou"]:
+            self.best = validation
+            self.save(self.out / "best.pt", {"config": self.config, "model": self.model.state_dict()})
+
+    def load_best(self):
+        """The network goes back to the best epoch, in every process."""
+        state = processes.from_first(checkpoints.load, self.out / "best.pt")
+        self.model.load_state_dict(state["model"])
+
+    def end_epoch(self, epoch: int, loss: float, validation: dict, learning_rate: float, train_seconds: float,
+                  seconds: float):
+        """Saves the run as it is after an epoch, and prints a row. Diverged: the validation loss is nan or infinite."""
+        if not torch.tensor(validation["loss"]).isfinite():
+            raise Diverged(f"the loss became {validation['loss']} at the end of epoch {epoch}")
+        self.keep_best(validation)
+        row = {"epoch": epoch, "train_loss": loss, "val_loss": validation["loss"]}
+        for name, score in validation["iou"].items():
+            row[f"val_iou_{name}"] = score
+        row |= {"val_mean_iou": validation["mean_iou"], "learning_rate": learning_rate, "train_seconds": train_seconds,
+                "seconds": seconds}
+        self.rows.append(row)
+        self.save(self.out / "last.pt", self.state())
+        self.write_log()
+
+        show_progress("")
+        line = f"{epoch:5}  {loss:10.4f}  {validation['loss']:8.4f}"
+        for name, score in validation["iou"].items():
+            line += f"  {score:{len(name) + 4}.4f}"
+        print(f"{line}  {validation['mean_iou']:8.4f}  {seconds:7.1f}", flush=True)
+
+    def write_log(self):
+        if processes.is_first():
+            checkpoints.write_log(self.out / "log.csv", self.rows)
+
+    def finish(self, metrics: dict, pictures: dict[str, list[Tensor]], devices: list) -> dict:
+        """Writes and prints what the run ends with. Returns what metrics.json holds.
+
+        metrics: test scores and other numbers; pictures: the columns of predictions.png.
+        """
+        seconds = [row["train_seconds"] for row in self.rows]
+        per_step = statistics.median(seconds) * len(seconds) / self.schedule.last_epoch if seconds else None
+        metrics = {
+            "config": self.config,
+            "parameters": sum(weight.numel() for weight in self.model.parameters()),
+            "seconds_per_step": per_step,
+            "val": self.best,
+            **metrics,
+            "seconds": time.perf_counter() - self.started,
+            "peak_mib": processes.peak_mib(devices),
+        }
+        if processes.is_first():
+            self.draw(pictures)
+            if self.rows:
+                self.write_log()  # a run that was stopped just before it wrote its last row
+            checkpoints.write_json(self.out / "metrics.json", metrics)
+        self.print_result(metrics)
+        return metrics
+
+    def draw(self, pictures: dict[str, list[Tensor]]):
+        classes, colors = self.config["classes"], self.config["colors"]
+        if self.rows:
+            with checkpoints.atomic_write(self.out / "curves.png") as unfinished:
+                plots.draw_curves(unfinished, self.rows, classes, colors)
+        boxes = [build_tiling(self.config, mask.shape).boxes for mask in pictures["true mask"]]
+        with checkpoints.atomic_write(self.out / "predictions.png") as unfinished:
+            plots.draw_predictions(unfinished, pictures, boxes, classes, colors)
+
+    def print_result(self, metrics: dict):
+        print(f"\ntest IoU of the best epoch, in {metrics['seconds']:.0f} seconds:")
+        for name, score in metrics["test"]["iou"].items():
+            print(f"  {name:12} {score:.4f}")
+        print(f"  {'mean':12} {metrics['test']['mean_iou']:.4f}")
+        loss = metrics["loss_of_training_images"]
+        print(compare_losses(loss["training_mode"], loss["evaluation_mode"], self.config["freeze_batch_norm"]))
+        if processes.is_first():
+            names = sorted(path.name for path in self.out.iterdir())
+            print(f"See {self.out}: {', '.join(names)}")
+
+
+def compare_losses(trained: float, used: float, freeze_batch_norm: float) -> str:
+    """A line that compares the loss of training images in training mode and in evaluation mode, and names the remedy if
+    it is much higher in evaluation mode."""
+    line = f"loss of training images: {trained:.4f} as trained, {used:.4f} in evaluation mode"
+    if used > 1.2 * trained + 0.02:
+        line += ("; they should be alike, but batch norm has not learned the statistics that it uses: take a smaller "
+                 f"--freeze-batch-norm than {freeze_batch_norm:g}, more --epochs, or a larger --batch-size")
+    return line

@@ -1,0 +1,72 @@
+"""How good a predicted mask is: the intersection over union (IoU) of each class.
+
+Each tile counts its own pixels, and the counts of all tiles, images and processes are added up. So a score is that of
+all pixels of a split at once, and not a mean over images or tiles. Letters as in decompose.py.
+"""
+
+import torch
+from torch import Tensor
+
+from decompose import Tiling
+from support.loss import IGNORE
+
+SEAM = 8  # pixels on both sides of a border between tiles; they are also scored apart
+
+
+def confusion(predicted: Tensor, mask: Tensor, near_seam: Tensor, classes: int) -> Tensor:
+    """Counts the pixels of a tile by true class and predicted class, away from the seams and near them.
+
+    predicted, mask: (B,h,w) class indices; near_seam: (h,w), which pixels are near a seam.
+    Returns (2,L,L): first the pixels away from seams, then those near one; rows are true classes, columns predicted ones.
+    """
+    bins = 2 * classes * classes
+    place = (near_seam * classes + mask.long()) * classes + predicted
+    place = place.where(mask != IGNORE, bins).flatten()  # pixels that do not count go to one more bin, at the end
+    counts = place.new_zeros(bins + 1)
+    counts.scatter_add_(0, place, torch.ones_like(place))  # torch.bincount would make the loop wait for each GPU
+    return counts[:bins].view(2, classes, classes)
+
+
+def pixels_near_seam(tiling: Tiling, i: int, device: torch.device) -> Tensor:
+    """(h,w) for tile i without overlap: True within SEAM pixels of a border to another tile."""
+    top, bottom, left, right = tiling.boxes[i]
+    rows = near_border(top, bottom, tiling.size[0], device)
+    columns = near_border(left, right, tiling.size[1], device)
+    return rows[:, None] | columns[None, :]
+
+
+def near_border(start: int, stop: int, end: int, device: torch.device) -> Tensor:
+    """(stop - start,): which pixels are within SEAM of `start` or `stop`. The borders of the image, 0 and `end`, are no
+    borders between tiles."""
+    x = torch.arange(start, stop, device=device)
+    near = torch.zeros_like(x, dtype=torch.bool)
+    if start > 0:
+        near |= x < start + SEAM
+    if stop < end:
+        near |= x >= stop - SEAM
+    return near
+
+
+def iou(counts: Tensor) -> Tensor:
+    """(L,L) counts -> intersection over union of each class; nan for a class that is neither true nor predicted."""
+    counts = counts.double()
+    intersection = counts.diagonal()
+    union = counts.sum(dim=0) + counts.sum(dim=1) - intersection
+    return intersection / union
+
+
+def mean_iou(counts: Tensor) -> float:
+    """(L,L) counts -> mean over the classes that occur in the true masks; nan if none does."""
+    occurs = counts.sum(dim=1) > 0
+    return iou(counts)[occurs].mean().item()
+
+
+def scores(counts: Tensor, classes: list[str]) -> dict:
+    """(2,L,L) counts -> IoU of all pixels, and mean IoU of those near seams and of those away from them."""
+    away, near = counts
+    everywhere = away + near
+    return {
+        "mean_iou": mean_iou(everywhere),
+        "iou": dict(zip(classes, iou(everywhere).tolist())),
+        "seam": {"mean_iou_border": mean_iou(near), "mean_iou_interior": mean_iou(away)},
+    }

@@ -1,0 +1,124 @@
+"""One look at all images and masks of a folder before training: what they hold, and whether they go together."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import torch
+
+from support.image_files import DEEPGLOBE, DataError, class_indices, finite_blocks, read_image, white
+from support.image_folder import ImageFolder
+from support.loss import IGNORE
+
+
+class Statistics:
+    """Mean and standard deviation of each channel, from blocks of pixels in which white is 1."""
+
+    def __init__(self):
+        self.sums = 0
+        self.squares = 0
+        self.pixels = 0
+
+    def add(self, block: torch.Tensor):
+        """block: (h,w,C)."""
+        x = block.double() / white(block)
+        self.sums = self.sums + x.sum((0, 1))
+        self.squares = self.squares + x.square().sum((0, 1))
+        self.pixels += x.shape[0] * x.shape[1]
+
+    def mean_and_std(self) -> tuple[list[float], list[float]]:
+        """A standard deviation of 0 becomes 1, as it is divided by."""
+        mean = self.sums / self.pixels
+        std = (self.squares / self.pixels - mean.square()).clamp(min=0).sqrt()
+        return mean.tolist(), std.where(std > 0, 1).tolist()
+
+
+def survey(folders: dict[str, ImageFolder], names: list[str] | None,
+           progress: Callable = lambda text: None) -> tuple[dict, dict]:
+    """Reads every pair of train, val and test once. names: of the classes, if they are known. DataError.
+
+    Returns what the images tell: channels; dtype; classes and colors; mean and std of each channel of the training
+    images, where white is 1. And the sizes of the training images: {(H, W): an image of that size}.
+    """
+    total = sum(len(folder) for folder in folders.values())
+    classes = len(names) if names is not None else IGNORE
+    statistics = Statistics()
+    sizes = {}
+    kinds = {}  # of image: the first image of that kind
+    occurring = {}  # classes in each split
+    done = 0
+    for split, folder in folders.items():
+        occurring[split] = set()
+        for image_path, mask_path in folder.pairs:
+            done += 1
+            progress(f"looking at image {done} of {total}")
+            image = read_image(image_path)
+            mask = folder.read_mask(mask_path)
+            kinds.setdefault(f"{image.shape[2]}-channel {image.dtype}", image_path)
+            check_pair(image, image_path, mask, mask_path, folder.crop)
+            check_kinds(kinds, image_path)
+            occurring[split] |= class_indices(mask, mask_path, classes)
+            for block in finite_blocks(image, image_path):
+                if split == "train":
+                    statistics.add(block)
+            if split == "train":
+                sizes.setdefault(mask.shape, image_path)
+        if not occurring[split]:
+            raise DataError(f"{mask_path.parent}: no pixel of the masks for {split} counts, all are {IGNORE}; add a mask "
+                            "with a class")
+    progress("")
+    if names is None:
+        names = number_classes(set.union(*occurring.values()), mask_path.parent)
+    elif set.union(*occurring.values()) == {0}:
+        raise single_class(mask_path.parent)
+    mean, std = statistics.mean_and_std()
+    known = {"channels": image.shape[2], "dtype": str(image.dtype), "classes": names, "colors": class_colors(names),
+             "mean": mean, "std": std}
+    return known, sizes
+
+
+def check_pair(image: np.ndarray, image_path: Path, mask: np.ndarray, mask_path: Path, crop: tuple[int, int] | None):
+    height, width = image.shape[:2]
+    if (height, width) != mask.shape:
+        hint = "; if the array is (C,H,W), save array.transpose(1, 2, 0)" if image.shape[1:] == mask.shape else ""
+        raise DataError(f"{image_path}: {height}x{width} pixels, but its mask {mask_path.name} has "
+                        f"{mask.shape[0]}x{mask.shape[1]}; they must be equal{hint}")
+    if crop is not None and (height < crop[0] or width < crop[1]):
+        raise DataError(f"{image_path}: {height}x{width} pixels are fewer than --crop {crop[0]}x{crop[1]}; take a smaller "
+                        "crop")
+
+
+def check_kinds(kinds: dict[str, Path], path: Path):
+    """DataError: the image just read is of another kind than those before."""
+    if len(kinds) > 1:
+        (first, first_path), (second, _) = kinds.items()
+        raise DataError(f"{path}: {second}, but {first_path.name} is {first}; convert the images to one kind")
+
+
+def single_class(folder: Path) -> DataError:
+    return DataError(f"{folder}: the masks know a single class, 0; save the others as 1, 2, ... (a pixel of {IGNORE} does "
+                     "not count: if it shall be a class, save it as 1)")
+
+
+def number_classes(found: set[int], folder: Path) -> list[str]:
+    """Names for classes that have none. DataError: there is a gap between their numbers."""
+    if found == {0}:
+        raise single_class(folder)
+    for label in range(max(found)):
+        if label not in found:
+            raise DataError(f"{folder}: the masks go up to {max(found)}, but {label} does not occur; number the classes "
+                            "0, 1, 2, ... without a gap, or name all of them in DIR/classes.txt")
+    return [f"class {label}" for label in sorted(found)]
+
+
+def class_colors(names: list[str]) -> list[tuple[float, float, float]]:
+    """Red, green and blue from 0 to 1 for each class: DeepGlobe's own, else those of a colour map."""
+    if names == list(DEEPGLOBE):
+        return list(DEEPGLOBE.values())
+    palette = matplotlib.colormaps["tab10" if len(names) <= 10 else "tab20"]
+    colors = []
+    for i in range(len(names)):
+        red, green, blue, _ = palette(i % palette.N)
+        colors.append((float(red), float(green), float(blue)))
+    return colors
