@@ -335,9 +335,11 @@ class SharedModule:
         self.module = module
         self.placement = placement
         self.weights = {}
+        self.rounded = {}
         self.buffers = {}
         for device in dict.fromkeys(placement):  # each device once, in order
             self.weights[device] = {name: weight.to(device) for name, weight in module.named_parameters()}
+            self.rounded[device] = round_weights(self.weights[device], device)
             self.buffers[device] = {name: buffer.to(device) for name, buffer in module.named_buffers()}
         self.changing = buffers_that_change(module)
         self.sums = {}  # for each device: the new buffers of its tiles, added up
@@ -347,13 +349,16 @@ class SharedModule:
     def __call__(self, i: int, *inputs):
         """What the module makes of the inputs of tile i, which lie on placement[i]."""
         device = self.placement[i]
+        weights = dict(self.weights[device])
+        for name, rounded in self.rounded[device].items():
+            weights[name] = RoundedWeight.apply(weights[name], rounded)
         buffers = dict(self.buffers[device])
         for name in self.changing:
             buffers[name] = buffers[name].clone()
         # functional_call puts these weights into the module and takes them out again. In the backward pass with recompute,
         # autograd runs the tiles of each GPU in a thread of its own, and without the lock they would mix up their weights.
         with self.lock:
-            outputs = functional_call(self.module, (self.weights[device], buffers), inputs)
+            outputs = functional_call(self.module, (weights, buffers), inputs)
         if i not in self.counted:  # with recompute, a tile comes here several times
             self.counted.add(i)
             sums = self.sums.setdefault(device, {})
@@ -371,6 +376,34 @@ class SharedModule:
                 buffer.copy_(total / len(self.counted))
             else:
                 buffer.copy_(total // len(self.counted))  # batch norm's number of steps, which is the same for all tiles
+
+
+def round_weights(weights: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """Under autocast, the matrices among the weights, rounded to what it computes in (bfloat16). Otherwise nothing."""
+    rounded = {}
+    if torch.is_autocast_enabled(device.type):
+        for name, weight in weights.items():
+            if weight.dtype == torch.float32 and weight.ndim > 1:
+                rounded[name] = weight.detach().to(torch.get_autocast_dtype(device.type))
+    return rounded
+
+
+class RoundedWeight(torch.autograd.Function):
+    """A weight as one of many tiles uses it: rounded, but with a gradient of the weight's own precision.
+
+    Autocast itself has two ways to round a weight, and both are bad for many tiles. With its cache, the gradients of all
+    tiles are added up in bfloat16, which rounds away those of the last. Without it, every tile keeps a copy of all weights
+    until the backward pass.
+    """
+
+    @staticmethod
+    def forward(ctx, weight: Tensor, rounded: Tensor) -> Tensor:
+        ctx.dtype = weight.dtype
+        return rounded.view_as(rounded)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        return gradient.to(ctx.dtype), None
 
 
 def buffers_that_change(module: nn.Module) -> list[str]:

@@ -13,7 +13,7 @@ Exit status: 0, all is done; 1, some images could not be, and each is named; 2, 
 import argparse
 import sys
 import time
-from collections import Counter
+from collections import Counter, deque
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +29,7 @@ from support.model import load_model
 from support.options import Parser, check_folder, explain, new_folder, number, pair, show_progress
 from support.scores import confusion, mean_iou, pixels_near_seam, scores
 from support.sizes import build_tiling
-from train import segment
+from train import run_tiles
 
 
 # One image
@@ -44,6 +44,32 @@ def check_image(image: np.ndarray, path: Path, config: dict):
                         f"{config['channels']}-channel images; convert it")
     for _ in finite_blocks(image, path):
         pass
+
+
+@torch.no_grad()
+def segment(model: DecomposedUNet, images: torch.Tensor, tiling: Tiling, devices: list, config: dict,
+            out: torch.Tensor):
+    """Writes the class of each pixel of the images (B,C,H,W) to `out`, (B,H,W) uint8 on the CPU, tile by tile."""
+    waiting = deque()  # tiles that a device still computes, while the next one is given work
+
+    def write():
+        i, prediction = waiting.popleft()
+        top, bottom, left, right = tiling.boxes[i]
+        part = out[:, top:bottom, left:right]
+        height, width = part.shape[1:]
+        part.copy_(prediction[:, :height, :width])  # without the padding at the bottom and right
+        show_progress(f"tile {i + 1} of {len(tiling)}")
+
+    def finish(i, logits):
+        waiting.append((i, logits.argmax(dim=1).byte()))
+        if len(waiting) == len(devices):
+            write()
+
+    model.eval()
+    config = {**config, "recompute": True}
+    run_tiles(model, images, tiling, devices, config, finish)
+    while waiting:
+        write()
 
 
 def predict(model: DecomposedUNet, config: dict, image: np.ndarray, path: Path, tiling: Tiling, devices: list,

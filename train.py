@@ -13,7 +13,6 @@ Read it from top to bottom: where each tile lives, the loss, a training step, an
 puts them together. Options, files, resuming and many processes are in support/. Letters as in decompose.py.
 """
 
-import collections
 import copy
 import math
 import time
@@ -54,8 +53,8 @@ def run_tiles(model: nn.Module, images: Tensor, tiling: Tiling, devices: list, c
 
     tiles = tiling.split(images)
     placement = place(tiling, devices)
-    # In bfloat16 where the user wants it. Without cache_enabled=False, autocast would also add up the gradients of all
-    # tiles in bfloat16, which rounds away those of the last of many.
+    # In bfloat16 where the user wants it. With its cache, autocast would add up the gradients of all tiles in bfloat16,
+    # which rounds away those of the last of many.
     device_type = devices[0].type
     with torch.autocast(device_type, torch.bfloat16, enabled=config["amp"], cache_enabled=False):
         return model(tiles, tiling, placement, finish, prepare, recompute=config["recompute"])
@@ -147,8 +146,9 @@ def evaluate(model: nn.Module, loader, config: dict, devices: list) -> dict:
     """Loss and IoU of a split. They are taken over all its pixels at once, and not averaged over images."""
     model.eval()
     classes = len(config["classes"])
-    sums = torch.zeros(number_of_sums(classes), dtype=torch.double, device=devices[0])
-    counts = torch.zeros(2, classes, classes, dtype=torch.long, device=devices[0])
+    first = devices[0]
+    sums = torch.zeros(number_of_sums(classes), dtype=torch.double, device=first)
+    counts = torch.zeros(2, classes, classes, dtype=torch.long, device=first)
     for step, (images, masks) in enumerate(loader, start=1):
         tiling = build_tiling(config, images.shape[-2:])
         mask_tiles = tiling.split(masks, overlap=False, fill=IGNORE)
@@ -163,37 +163,11 @@ def evaluate(model: nn.Module, loader, config: dict, devices: list) -> dict:
         if math.prod(tiling.size) > math.prod(config["image_size"]):
             config = {**config, "recompute": True}  # a larger image than in training may not fit otherwise
         for tile_sums, tile_counts in run_tiles(model, images, tiling, devices, config, measure):
-            sums += tile_sums.to(devices[0])
-            counts += tile_counts.to(devices[0])
+            sums += tile_sums.to(first)
+            counts += tile_counts.to(first)
     sums = processes.all_reduce_sum(sums)
     counts = processes.all_reduce_sum(counts)
     return {"loss": loss_from_sums(sums).item(), **scores(counts, config["classes"])}
-
-
-@torch.no_grad()
-def segment(model: nn.Module, images: Tensor, tiling: Tiling, devices: list, config: dict,
-            out: Tensor):
-    """Writes the class of each pixel of the images (B,C,H,W) to `out`, (B,H,W) uint8 on the CPU, tile by tile."""
-    waiting = collections.deque()  # tiles that a device still computes, while the next one is given work
-
-    def write():
-        i, prediction = waiting.popleft()
-        top, bottom, left, right = tiling.boxes[i]
-        part = out[:, top:bottom, left:right]
-        height, width = part.shape[1:]
-        part.copy_(prediction[:, :height, :width])  # without the padding at the bottom and right
-        show_progress(f"tile {i + 1} of {len(tiling)}")
-
-    def finish(i, logits):
-        waiting.append((i, logits.argmax(dim=1).byte()))
-        if len(waiting) == len(devices):
-            write()
-
-    model.eval()
-    config = {**config, "recompute": True}
-    run_tiles(model, images, tiling, devices, config, finish)
-    while waiting:
-        write()
 
 
 @torch.no_grad()
@@ -263,21 +237,27 @@ def train(config: dict, devices: list, out: Path, state: dict | None = None) -> 
         "test": evaluate(model, loaders["test"], config, devices),
         "loss_of_training_images": compare_modes(model, loaders["train"], config, devices, frozen),
     }
-    return run.finish(metrics, predict_some(model, datasets["test"], config, devices), devices)
+    pictures = predict_some(model, datasets["test"], config, devices)
+    return run.finish(metrics, pictures, devices)
 
 
+@torch.no_grad()
 def predict_some(model: nn.Module, dataset, config: dict, devices: list,
                  count: int = 4) -> dict[str, list[Tensor]]:
     """The first images of a data set, their masks, and the masks that the model predicts."""
+    def most_likely_class(i, logits):
+        return logits.argmax(dim=1).byte().cpu()
+
+    model.eval()
+    config = {**config, "recompute": True}
     pictures = {"image": [], "true mask": [], "prediction": []}
     for i in range(min(count, len(dataset))):
         image, mask = dataset[i]
-        prediction = torch.empty_like(mask)
         tiling = build_tiling(config, mask.shape)
-        segment(model, image[None], tiling, devices, config, out=prediction[None])
+        tiles = run_tiles(model, image[None], tiling, devices, config, most_likely_class)
         pictures["image"].append(image)
         pictures["true mask"].append(mask)
-        pictures["prediction"].append(prediction)
+        pictures["prediction"].append(tiling.stitch(tiles)[0])
     return pictures
 
 
@@ -287,7 +267,8 @@ def main(arguments: list[str] | None = None):
                         "completed epoch, with its options; no other option goes with it")
     with one_line_errors(parser):
         config, out, state = processes.from_first(prepare_run, arguments, parser)
-        devices = processes.find_devices(config["gpus"], "{}x{} tiles".format(*config["grid"]))
+        rows, columns = config["grid"]
+        devices = processes.find_devices(config["gpus"], f"{rows}x{columns} tiles")
     with one_line_errors(parser, config, out):
         train(config, devices, out, state)
 

@@ -9,7 +9,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, S
 
 from support import processes
 from support.image_files import DataError
-from support.image_folder import class_names, open_folder
+from support.image_folder import SPLITS, class_names, open_folder
 from support.loss import IGNORE
 from support.sizes import check_sizes
 from support.survey import survey
@@ -22,16 +22,18 @@ def build_datasets(config: dict) -> dict[str, Dataset]:
     Of the synthetic images, val and test have an eighth of the training images each. Their discs are kept apart by tiles
     of about 32x32 pixels, whatever the network's grid is, so that all models see the same images.
     """
+    seed = config["seed"]
     if config["dataset"] != "synthetic":
-        return open_folder(Path(config["data"]), config["dataset"] == "deepglobe", config["seed"], config["crop"],
-                           config["augment"])
+        deepglobe = config["dataset"] == "deepglobe"
+        return open_folder(Path(config["data"]), deepglobe, seed, config["crop"], config["augment"])
     height, width = config["image_size"]
-    grid = max(height // 32, 1), max(width // 32, 1)
+    rows = max(height // 32, 1)
+    columns = max(width // 32, 1)
     count = config["train_images"]
-    lengths = {"train": count, "val": max(count // 8, 1), "test": max(count // 8, 1)}
     datasets = {}
-    for split, length in lengths.items():
-        datasets[split] = LinesAndCircles(length, (height, width), grid, split, config["seed"])
+    for split in SPLITS:
+        length = count if split == "train" else max(count // 8, 1)
+        datasets[split] = LinesAndCircles(length, (height, width), (rows, columns), split, seed)
     return datasets
 
 
@@ -45,9 +47,12 @@ def describe(config: dict, progress: Callable) -> dict:
     datasets = build_datasets(config)
     names = class_names(Path(config["data"]), config["dataset"] == "deepglobe")
     known, sizes = survey(datasets, names, progress)
-    counts = ", ".join(f"{len(dataset)} for {split}" for split, dataset in datasets.items())
-    print(f"{len(known['classes'])} classes ({', '.join(known['classes'])}), {known['channels']}-channel images: {counts}")
-    return known | {"image_size": check_sizes(config, sizes, len(datasets["train"]))}
+    known["image_size"] = check_sizes(config, sizes, len(datasets["train"]))
+    classes = known["classes"]
+    train, val, test = (len(datasets[split]) for split in SPLITS)
+    print(f"{len(classes)} classes ({', '.join(classes)}), {known['channels']}-channel images: {train} for train, {val} for "
+          f"val, {test} for test")
+    return known
 
 
 def describe_synthetic(config: dict) -> dict:
@@ -57,6 +62,7 @@ def describe_synthetic(config: dict) -> dict:
     except ValueError:
         raise DataError(f"--image-size {height}x{width}: synthetic images must hold two tiles of 32x32; take 64 or more "
                         "for one side, 32 or more for the other") from None
+    size = check_sizes(config, {(height, width): "--image-size"}, len(data))
     return {
         "channels": data.channels,
         "dtype": None,
@@ -64,19 +70,22 @@ def describe_synthetic(config: dict) -> dict:
         "colors": data.colors,
         "mean": [0.0],
         "std": [1.0],
-        "image_size": check_sizes(config, {config["image_size"]: "--image-size"}, len(data)),
+        "image_size": size,
     }
 
 
 def make_loaders(datasets: dict[str, Dataset], config: dict, order: torch.Generator) -> dict[str, DataLoader]:
     """The batches of each split, for this process. order: shuffles the training images."""
-    train = datasets["train"]
-    shuffled = BatchSampler(RandomSampler(train, generator=order), config["batch_size"], drop_last=False)
-    loaders = {"train": DataLoader(train, batch_sampler=processes.Shares(shuffled), generator=order, collate_fn=collate)}
-    batch_size = config["batch_size"] if config["dataset"] == "synthetic" else 1  # others may have several sizes
+    batch_size = config["batch_size"]
+    shuffled = RandomSampler(datasets["train"], generator=order)
+    shares = processes.Shares(BatchSampler(shuffled, batch_size, drop_last=False))
+    loaders = {"train": DataLoader(datasets["train"], batch_sampler=shares, generator=order, collate_fn=collate)}
+    if config["dataset"] != "synthetic":
+        batch_size = 1  # images to evaluate may have several sizes
     for split in ("val", "test"):
-        mine = range(processes.rank(), len(datasets[split]), processes.world_size())
-        loaders[split] = DataLoader(Subset(datasets[split], mine), batch_size, generator=order, collate_fn=collate)
+        images = datasets[split]
+        mine = Subset(images, range(processes.rank(), len(images), processes.world_size()))
+        loaders[split] = DataLoader(mine, batch_size, generator=order, collate_fn=collate)
     return loaders
 
 

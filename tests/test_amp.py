@@ -7,6 +7,7 @@ import train
 from support import options
 from support.image_files import normalise
 from support.loss import loss_sums
+from support.memory import LiveMemory
 from support.model import build_from_config
 from decompose import Tiling
 
@@ -58,6 +59,23 @@ def test_the_gradients_of_many_tiles_add_up(recompute):
         train.batch_loss(model, images, masks, tiling, [CPU], config).backward()
         gradients.append(torch.cat([weight.grad.flatten() for weight in model.parameters()]))
     assert (gradients[1] - gradients[0]).norm() < 0.05 * gradients[0].norm()
+
+
+def peak_of_a_step(amp: bool) -> tuple[int, int]:
+    """Bytes alive at the peak of a step with 16 small tiles, and bytes of the weights in bfloat16."""
+    config = CONFIG | {"width": 16, "depth": 3, "amp": amp}
+    torch.manual_seed(0)
+    model = build_from_config(config)
+    images, masks = torch.randn(1, 1, 64, 64), torch.zeros(1, 64, 64, dtype=torch.uint8)
+    with LiveMemory() as memory:
+        train.batch_loss(model, images, masks, Tiling((64, 64), (4, 4), 8), [CPU], config).backward()
+    return memory.peak["cpu"], 2 * sum(weight.numel() for weight in model.parameters())
+
+
+def test_a_tile_keeps_no_rounded_weights_of_its_own():
+    rounded_peak, weights = peak_of_a_step(amp=True)
+    peak, _ = peak_of_a_step(amp=False)
+    assert rounded_peak < peak + 1.5 * weights  # one rounded copy for all tiles, and no activation is larger
 
 
 def test_the_sums_of_a_large_image_are_exact():

@@ -90,7 +90,7 @@ def test_an_array_on_disk_is_read_tile_by_tile(grey, tmp_path):
     tiling = build_tiling(config, image.shape[:2], (8, 8))
     with LargestCopy(image) as largest:
         mask = torch.empty(1, 1024, 1024, dtype=torch.uint8)
-        train.segment(model, image.permute(2, 0, 1)[None], tiling, CPU, config, mask)
+        predict.segment(model, image.permute(2, 0, 1)[None], tiling, CPU, config, mask)
     assert image.nbytes // 64 <= largest.bytes < image.nbytes // 6  # a tile, not the image; the mask is an eighth
 
 
@@ -239,7 +239,7 @@ def test_a_tile_is_written_before_its_device_is_given_the_next(monkeypatch):
     model = build_model(channels=1, classes=2, width=2, depth=1, comm_channels=0)
     config = {"mean": [0.0], "std": [1.0], "amp": False}
     model.decoder.register_forward_hook(lambda *_: order.append("decoded"))
-    monkeypatch.setattr(train, "show_progress", lambda _: order.append("written"))
+    monkeypatch.setattr(predict, "show_progress", lambda _: order.append("written"))
     out = torch.empty(1, 8, 8, dtype=torch.uint8)
-    train.segment(model, torch.zeros(1, 1, 8, 8), Tiling((8, 8), (2, 2), 2), devices, config, out)
+    predict.segment(model, torch.zeros(1, 1, 8, 8), Tiling((8, 8), (2, 2), 2), devices, config, out)
     assert order == ["decoded", *3 * ["decoded", "written"], "written"]
