@@ -13,6 +13,31 @@ sys.path.insert(0, str(ROOT))
 
 from support import plots
 
+CPU = torch.device("cpu")
+CONFIG = {  # of a small network, in the form in which train.py and a checkpoint hold it
+    "channels": 1,
+    "classes": ["background", "line", "circle"],
+    "width": 4,
+    "depth": 2,
+    "dropout": 0.0,
+    "comm_channels": 8,
+    "dilations": [1, 2],
+    "recompute": False,
+    "mean": [0.5],
+    "std": [2.0],
+    "amp": False,
+}
+
+
+def gradients_of(model: torch.nn.Module) -> list[torch.Tensor]:
+    return [weight.grad for weight in model.parameters()]
+
+
+def assert_all_close(tensors, expected, tolerance: float):
+    """Two lists of tensors are equal up to an absolute tolerance. With a tolerance of 0, they are equal."""
+    for tensor, other in zip(tensors, expected, strict=True):
+        torch.testing.assert_close(tensor, other, rtol=0, atol=tolerance)
+
 
 @pytest.fixture(autouse=True)
 def same_numbers_every_time():
@@ -22,8 +47,11 @@ def same_numbers_every_time():
 @pytest.fixture
 def no_pictures(monkeypatch):
     """To draw a run takes longer than what most tests do in it: for these its pictures are empty files."""
-    for name in ("draw_curves", "draw_predictions"):
-        monkeypatch.setattr(plots, name, lambda path, *_: path.touch())
+    def draw_nothing(path, *what):
+        path.touch()
+
+    monkeypatch.setattr(plots, "draw_curves", draw_nothing)
+    monkeypatch.setattr(plots, "draw_predictions", draw_nothing)
 
 
 @pytest.fixture

@@ -1,13 +1,15 @@
 """A second device for machines that have none: `pretend:0` computes on the CPU and mixes with nothing else.
 
 A `PretendTensor` holds a CPU tensor and reports the device pretend:0. An operation that mixes the two devices
-fails, as it would between two GPUs, and the bytes that cross are counted in `PretendDevice.moved`.
+fails, as it would between two GPUs, and the tensors that cross are noted in `PretendDevice.moved`.
 """
+
+from typing import NamedTuple
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 try:
     from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
@@ -24,6 +26,7 @@ class Backend(_DummyBackendModule):
 
 
 _setup_privateuseone_for_python_backend("pretend", backend_module=Backend())
+CPU = torch.device("cpu")
 DEVICE = torch.device("pretend:0")
 
 
@@ -31,32 +34,56 @@ class PretendTensor(torch.Tensor):
     @staticmethod
     def __new__(cls, inner: torch.Tensor):
         return torch.Tensor._make_wrapper_subclass(
-            cls, inner.shape, strides=inner.stride(), storage_offset=inner.storage_offset(), dtype=inner.dtype, device=DEVICE)
+            cls,
+            inner.shape,
+            strides=inner.stride(),
+            storage_offset=inner.storage_offset(),
+            dtype=inner.dtype,
+            device=DEVICE,
+        )
 
     def __init__(self, inner: torch.Tensor):
         self.inner = inner
 
     @classmethod
     def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
-        return dispatch(function, args, kwargs or {})
+        return compute_inside(function, args, kwargs or {})
 
 
-def dispatch(function, args, kwargs):
-    """Runs an operation of pretend:0 on the CPU tensors inside."""
-    for tensor in tree_flatten((args, kwargs))[0]:
+def inner_of(tensor: PretendTensor) -> torch.Tensor:
+    return tensor.inner
+
+
+def check_devices(function, tensors):
+    """RuntimeError: a tensor of the CPU is among those of pretend:0. Single numbers may be, as with GPUs."""
+    for tensor in tensors:
         if isinstance(tensor, torch.Tensor) and not isinstance(tensor, PretendTensor) and tensor.dim() > 0:
             raise RuntimeError(f"{function} mixes pretend:0 with cpu")
-    inside = tree_map_only(PretendTensor, lambda tensor: tensor.inner, (args, kwargs))
-    if "device" in inside[1]:
-        inside[1]["device"] = torch.device("cpu")
-    out = function(*inside[0], **inside[1])
+
+
+def compute_inside(function, args, kwargs):
+    """Runs an operation of pretend:0 on the CPU tensors inside."""
+    check_devices(function, tree_leaves((args, kwargs)))
+    inner_args = tree_map_only(PretendTensor, inner_of, args)
+    inner_kwargs = tree_map_only(PretendTensor, inner_of, kwargs)
+    if "device" in inner_kwargs:
+        inner_kwargs["device"] = CPU
+    out = function(*inner_args, **inner_kwargs)
     if function._schema.name.endswith("_"):  # in place: the tensor inside has changed
         return args[0]
     return tree_map_only(torch.Tensor, PretendTensor, out)
 
 
+class Move(NamedTuple):
+    """A tensor that was copied from one device to another."""
+
+    source: str
+    target: str
+    shape: tuple
+
+
 class PretendDevice(TorchDispatchMode):
-    """While active, `.to("pretend:0")` and `.to("cpu")` move tensors. moved: (from, to, shape, bytes) of each move."""
+    """While active, `.to("pretend:0")` and `.to("cpu")` move tensors. moved: a `Move` for each."""
 
     def __init__(self):
         super().__init__()
@@ -65,12 +92,19 @@ class PretendDevice(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         target = kwargs.get("device")
-        if function is torch.ops.aten._to_copy.default and target is not None and target != args[0].device:
-            source = args[0]
-            inner = source.inner if isinstance(source, PretendTensor) else source
-            moved = function(inner, **(kwargs | {"device": torch.device("cpu")}))
-            self.moved.append((str(source.device), str(target), tuple(source.shape), moved.nbytes))
-            return PretendTensor(moved) if target.type == "pretend" else moved
-        if target is not None and target.type == "pretend":
-            return dispatch(function, args, kwargs)
+        if target is None:
+            return function(*args, **kwargs)
+        if function is torch.ops.aten._to_copy.default and target != args[0].device:
+            return self.move(function, args[0], target, kwargs)
+        if target.type == "pretend":
+            return compute_inside(function, args, kwargs)
         return function(*args, **kwargs)
+
+    def move(self, copy, tensor: torch.Tensor, target: torch.device, kwargs: dict) -> torch.Tensor:
+        self.moved.append(Move(str(tensor.device), str(target), tuple(tensor.shape)))
+        if isinstance(tensor, PretendTensor):
+            tensor = tensor.inner
+        copied = copy(tensor, **{**kwargs, "device": CPU})
+        if target.type == "pretend":
+            copied = PretendTensor(copied)
+        return copied

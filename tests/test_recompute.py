@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from conftest import CONFIG, CPU, assert_all_close, gradients_of
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import train
@@ -11,90 +13,138 @@ from support.model import build_from_config
 from unet import UNet
 
 pytestmark = pytest.mark.usefixtures("in_float64")
-CPU = torch.device("cpu")
-CONFIG = {"channels": 1, "classes": "abc", "width": 4, "depth": 2, "dropout": 0.0, "comm_channels": 8,
-          "dilations": [1, 1, 1], "recompute": False, "mean": [0.5], "std": [2.0], "amp": False}
 
 
-def one_step(size, tiling, **changes):
+def one_step(tiling, **changes):
+    """Loss and model after the backward pass, from the same weights and images every time."""
     torch.manual_seed(0)
-    config = CONFIG | changes
+    config = {**CONFIG, "dilations": [1, 1, 1], **changes}
     model = build_from_config(config)
-    images, masks = torch.randn(2, 1, *size), torch.randint(0, 3, (2, *size), dtype=torch.uint8)
+    images = torch.randn(2, 1, *tiling.size)
+    masks = torch.randint(0, 3, (2, *tiling.size), dtype=torch.uint8)
     loss = train.batch_loss(model, images, masks, tiling, [CPU], config)
     loss.backward()
-    return loss, [weight.grad for weight in model.parameters()], list(model.buffers())
+    return loss, model
+
+
+TILINGS = [
+    Tiling((32, 32), (2, 2), 4),
+    Tiling((44, 61), (2, 3), 4, overlap=4),  # uneven, padded
+]
 
 
 @pytest.mark.parametrize("comm_channels", [0, 8])
-@pytest.mark.parametrize("size, grid, overlap", [((32, 32), (2, 2), 0), ((44, 61), (2, 3), 4)])  # uneven, padded
-def test_loss_gradients_and_running_statistics_are_the_same(size, grid, overlap, comm_channels):
-    tiling = Tiling(size, grid, 4, overlap)
-    remembered = one_step(size, tiling, comm_channels=comm_channels)
-    recomputed = one_step(size, tiling, comm_channels=comm_channels, recompute=True)
-    for a, b in zip([remembered[0], *remembered[1], *remembered[2]], [recomputed[0], *recomputed[1], *recomputed[2]],
-                    strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
-    assert all(counter == 1 for counter in recomputed[2] if not counter.is_floating_point())  # one step, not one per run
+@pytest.mark.parametrize("tiling", TILINGS, ids=["even", "uneven"])
+def test_loss_gradients_and_running_statistics_are_the_same(tiling, comm_channels):
+    loss, model = one_step(tiling, comm_channels=comm_channels)
+    again, recomputed = one_step(tiling, comm_channels=comm_channels, recompute=True)
+    torch.testing.assert_close(again, loss, rtol=0, atol=1e-12)
+    assert_all_close(gradients_of(recomputed), gradients_of(model), tolerance=1e-12)
+    assert_all_close(recomputed.buffers(), model.buffers(), tolerance=1e-12)
+    for name, buffer in recomputed.named_buffers():
+        if name.endswith("num_batches_tracked"):
+            assert buffer == 1  # one step, and not one for each time that a tile is encoded
+
+
+# Dropout
+
+class WatchedEncoder(nn.Module):
+    """Keeps every coarse map that it makes."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(1, 32, 1)
+        self.seen = []
+
+    def forward(self, tile):
+        coarse = nn.functional.dropout2d(self.conv(tile), 0.5)
+        self.seen.append(coarse.detach().clone())
+        skips = (coarse.relu() + 1).log()
+        return skips, coarse
+
+
+class MultiplyingDecoder(nn.Module):
+    def forward(self, skips, coarse):
+        return skips * coarse
+
+
+def sum_of_squares(i, logits):
+    return logits.square().sum()
 
 
 def test_dropout_leaves_out_the_same_channels_whenever_a_tile_is_encoded():
-    class Watch(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.conv, self.seen = torch.nn.Conv2d(1, 32, 1), []
-
-        def forward(self, tile):
-            coarse = torch.nn.functional.dropout2d(self.conv(tile), 0.5)
-            self.seen.append(coarse.detach().clone())
-            return (coarse.relu() + 1).log(), coarse
-
-    class Multiply(torch.nn.Module):
-        def forward(self, skips, coarse):
-            return skips * coarse
-
-    encoder, tiling = Watch(), Tiling((4, 4), (2, 2))
-    model = DecomposedUNet(encoder, Multiply(), torch.nn.Identity(), 8)
-    sums = model(tiling.split(torch.randn(1, 1, 4, 4)), tiling, [CPU] * 4, lambda i, logits: logits.square().sum(), recompute=True)
+    encoder = WatchedEncoder()
+    model = DecomposedUNet(encoder, MultiplyingDecoder(), nn.Identity(), comm_channels=8)
+    tiling = Tiling((4, 4), (2, 2))
+    tiles = tiling.split(torch.randn(1, 1, 4, 4))
+    sums = model(tiles, tiling, [CPU] * 4, sum_of_squares, recompute=True)
     sum(sums).backward()
-    to_send, to_decode, *again = [encoder.seen[i:i + 4] for i in range(0, len(encoder.seen), 4)]
-    assert len(again) == 2
-    for maps in (to_decode, *(maps[::-1] for maps in again)):  # the backward pass goes from the last tile to the first
-        assert all(torch.equal(a, b) for a, b in zip(to_send, maps, strict=True))
-    assert not torch.equal(to_send[0] == 0, to_send[1] == 0)  # each tile leaves out channels of its own
 
+    assert len(encoder.seen) == 16
+    first = encoder.seen[:4]
+    for start in (4, 8, 12):
+        again = encoder.seen[start:start + 4]
+        if start > 4:
+            again.reverse()  # the backward pass goes from the last tile to the first
+        assert_all_close(again, first, tolerance=0)
+    assert not torch.equal(first[0] == 0, first[1] == 0)  # each tile leaves out channels of its own
+
+
+# Memory
 
 def test_a_tile_keeps_what_it_sends_and_not_all_channels_of_its_coarse_map(monkeypatch):
-    sent, stitch = [], Tiling.stitch
-    monkeypatch.setattr(Tiling, "stitch", lambda tiling, tiles, device: sent.extend(tiles) or stitch(tiling, tiles))
-    one_step((32, 32), Tiling((32, 32), (2, 2), 4), recompute=True)
-    assert len(sent) == 4 and all(tile.untyped_storage().nbytes() == tile.nbytes for tile in sent)
+    sent = []
+    stitch = Tiling.stitch
+
+    def watched_stitch(tiling, tiles, device):
+        sent.extend(tiles)
+        return stitch(tiling, tiles, device)
+
+    monkeypatch.setattr(Tiling, "stitch", watched_stitch)
+    one_step(Tiling((32, 32), (2, 2), 4), recompute=True)
+    assert len(sent) == 4
+    for tile in sent:
+        assert tile.untyped_storage().nbytes() == tile.nbytes
+
+
+def evaluated(recompute):
+    """Logits, and the bytes alive at the peak."""
+    torch.manual_seed(0)
+    tiling = Tiling((32, 32), (2, 2), 4)
+    model = build_from_config(CONFIG).eval()
+    tiles = tiling.split(torch.randn(2, 1, 32, 32))
+    with torch.no_grad(), LiveMemory() as memory:
+        logits = tiling.stitch(model(tiles, tiling, [CPU] * 4, recompute=recompute))
+    return logits, memory.peak["cpu"]
 
 
 def test_evaluation_is_the_same_and_remembers_less():
-    tiling, images = Tiling((32, 32), (2, 2), 4), torch.randn(2, 1, 32, 32)
-    logits, peaks = [], []
-    for recompute in (False, True):
-        torch.manual_seed(0)
-        model = build_from_config(CONFIG).eval()
-        with torch.no_grad(), LiveMemory() as memory:
-            logits.append(tiling.stitch(model(tiling.split(images), tiling, [CPU] * 4, recompute=recompute)))
-        peaks.append(memory.peak["cpu"])
-    assert torch.equal(*logits) and peaks[1] < peaks[0]
+    logits, peak = evaluated(recompute=False)
+    again, smaller_peak = evaluated(recompute=True)
+    assert torch.equal(again, logits)
+    assert smaller_peak < peak
+
+
+# Time
+
+def multiplications_of_step(grid, recompute=False) -> int:
+    tiling = Tiling((64, 64), grid, 4)
+    with FlopCounterMode(display=False) as counter:
+        one_step(tiling, comm_channels=0, recompute=recompute)
+    return counter.get_total_flops()
+
+
+def multiplications_of_forward_pass() -> int:
+    """Of the plain U-Net."""
+    unet = UNet(1, 3, width=4, depth=2)
+    images = torch.zeros(2, 1, 64, 64)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        unet(images)
+    return counter.get_total_flops()
 
 
 def test_tiles_multiply_as_often_as_the_plain_unet_and_recompute_adds_one_forward_pass_where_nobody_communicates():
-    def multiplied(run) -> int:
-        with FlopCounterMode(display=False) as counter:
-            run()
-        return counter.get_total_flops()
-
-    def step(grid, **changes):
-        return one_step((64, 64), Tiling((64, 64), grid, 4), comm_channels=0, **changes)
-
-    plain = multiplied(lambda: step((1, 1)))
-    with torch.no_grad():
-        unet = UNet(1, 3, 4, 2)
-        forward = multiplied(lambda: unet(torch.zeros(2, 1, 64, 64)))
-    assert multiplied(lambda: step((2, 4))) == plain
-    assert multiplied(lambda: step((2, 4), recompute=True)) == plain + forward
+    plain = multiplications_of_step((1, 1))
+    forward = multiplications_of_forward_pass()
+    assert multiplications_of_step((2, 4)) == plain
+    assert multiplications_of_step((2, 4), recompute=True) == plain + forward
