@@ -116,7 +116,7 @@ class Tiling:
         pixels = self.overlap if overlap else 0
         tiles = []
         for top, bottom in self.spans(0, pixels):
-            strip = x[..., top:bottom, :]  # cut in two steps: the gradient of a cut is as large as what it was cut from
+            strip = x[..., top:bottom, :]  # in two steps, to save memory: the gradient of a cut is as large as what it was cut from
             for left, right in self.spans(1, pixels):
                 tile = strip[..., left:right]
                 missing_rows = bottom - top - tile.shape[-2]
@@ -158,7 +158,8 @@ class DecomposedUNet(nn.Module):
     """An encoder and a decoder that are run on the tiles of an image, and a communication network between the two.
 
     encoder: tile (B,C,h,w) -> (skips, coarse map). Only the decoder needs to understand the skips.
-    decoder: (skips, coarse map) -> logits (B,L,h,w). Neither of the two may use checkpoints or autocast inside.
+    decoder: (skips, coarse map) -> logits (B,L,h,w). Neither of the two may use checkpoints or switch autocast inside, as
+        they are run with weights that are put in and taken out again.
     comm_net: (B,K,H/2^D,W/2^D) -> the same shape. Without one (None, K = 0) the tiles know nothing of each other.
     comm_channels: K, at most the channels of the coarse map.
     ValueError: a communication network without channels, or channels without a network.
@@ -184,7 +185,7 @@ class DecomposedUNet(nn.Module):
         prepare(tile): is called with each tile on its device, before it is encoded.
         recompute: trade time for memory. Without it, the activations of all tiles are kept until the backward pass. With
             it, each tile is forgotten and computed again when it is needed, so a device holds the activations of one
-            tile at a time. Loss, gradients and running statistics are the same, but for the channels of dropout.
+            tile at a time, and one device those of the communication network. Loss, gradients and running statistics are the same, but for the channels of dropout.
         comm_device: where the communication network is computed; None: on the device of the first tile.
         ValueError: there is not one tile and one device for each tile of the tiling.
         """
@@ -192,36 +193,39 @@ class DecomposedUNet(nn.Module):
             raise ValueError(f"{len(tiles)} tiles and {len(placement)} devices, but the tiling has {len(tiling)} tiles")
         if comm_device is None:
             comm_device = placement[0]
-        encoder = SharedModule(self.encoder, placement)
-        decoder = SharedModule(self.decoder, placement)
-        comm_net = SharedModule(self.comm_net, [comm_device]) if self.comm_net is not None else None
+        encode = SharedModule(self.encoder, placement)
+        decode = SharedModule(self.decoder, placement)
+        communicate = SharedModule(self.comm_net, [comm_device]) if self.comm_net is not None else None
 
         run = self.recomputed if recompute else self.remembered
-        outputs = run(encoder, decoder, comm_net, tiles, tiling, placement, finish, prepare)
+        outputs = run(encode, decode, communicate, tiles, tiling, placement, finish, prepare)
 
-        encoder.update_buffers()
-        decoder.update_buffers()
-        if comm_net is not None:
-            comm_net.update_buffers()
+        encode.update_buffers()
+        decode.update_buffers()
+        if communicate is not None:
+            communicate.update_buffers()
         return outputs
 
-    def remembered(self, encoder, decoder, comm_net, tiles, tiling, placement, finish, prepare) -> list:
-        """The forward pass as the picture at the top shows it. PyTorch keeps what the backward pass needs."""
+    def remembered(self, encode, decode, communicate, tiles, tiling, placement, finish, prepare) -> list:
+        """The forward pass as the picture at the top shows it. PyTorch keeps what the backward pass needs.
+
+        encode(i, tile) runs the encoder on tile i, with its weights on the tile's device; so do decode and communicate.
+        """
         skips = []
         coarse_maps = []
         for i, tile in enumerate(tiles):
             tile = prepare(to_device(tile, placement[i]))
-            tile_skips, coarse = encoder(i, tile)
+            tile_skips, coarse = encode(i, tile)
             skips.append(tile_skips)
             coarse_maps.append(coarse)
 
         sent = [self.to_send(i, coarse, tiling) for i, coarse in enumerate(coarse_maps)]
-        received = self.exchange(comm_net, sent, tiling, placement)
+        received = self.exchange(communicate, sent, tiling, placement)
 
         outputs = []
         for i in range(len(tiles)):
             coarse = self.replace(coarse_maps[i], received[i])
-            logits = decoder(i, skips[i], coarse)
+            logits = decode(i, skips[i], coarse)
             outputs.append(finish(i, tiling.crop(i, logits)))
         return outputs
 
@@ -232,12 +236,12 @@ class DecomposedUNet(nn.Module):
         channels = coarse[:, -self.comm_channels:]
         return tiling.coarse.crop(i, channels).clone()  # a copy: a view would keep all channels in memory
 
-    def exchange(self, comm_net: "SharedModule", sent: list[Tensor], tiling: Tiling, placement) -> list:
+    def exchange(self, communicate: "SharedModule", sent: list[Tensor], tiling: Tiling, placement) -> list:
         """What each tile sends (B,K,h/2^D,w/2^D) -> what it receives (with overlap), on its own device."""
-        if comm_net is None:
+        if communicate is None:
             return [None] * len(sent)
-        coarse_map = tiling.coarse.stitch(sent, device=comm_net.placement[0])
-        coarse_map = comm_net(0, coarse_map)
+        coarse_map = tiling.coarse.stitch(sent, device=communicate.placement[0])
+        coarse_map = communicate(0, coarse_map)  # it has a single device, number 0
         received = tiling.coarse.split(coarse_map)
         return [to_device(part, device) for part, device in zip(received, placement)]
 
@@ -249,32 +253,32 @@ class DecomposedUNet(nn.Module):
         coarse[:, -self.comm_channels:] = received
         return coarse
 
-    # The lesson could end here. What follows makes it small in memory, and exact on many devices.
+    # Below is the machinery: how to forget tiles, and how to run one module on many devices.
 
-    def recomputed(self, encoder, decoder, comm_net, tiles, tiling, placement, finish, prepare) -> list:
+    def recomputed(self, encode, decode, communicate, tiles, tiling, placement, finish, prepare) -> list:
         """The same in two passes, each of which forgets a tile before it goes on to the next.
 
-        The first pass encodes each tile and keeps only what the tile sends. The second pass encodes it again, decodes it,
+        The first pass encodes each tile and keeps only what the tile sends. The communication network is not forgotten. The second pass encodes it again, decodes it,
         and keeps only what `finish` returns. The backward pass calls both functions again, one tile after the other.
         """
         seeds = draw_seeds(len(tiles))
 
         def encode_to_send(i):
             with random_numbers_of(seeds[i], placement[i]):
-                _, coarse = encoder(i, prepare(to_device(tiles[i], placement[i])))
+                _, coarse = encode(i, prepare(to_device(tiles[i], placement[i])))
                 return self.to_send(i, coarse, tiling)
 
         def encode_and_decode(i, received):
             with random_numbers_of(seeds[i], placement[i]):
-                skips, coarse = encoder(i, prepare(to_device(tiles[i], placement[i])))
-                logits = decoder(i, skips, self.replace(coarse, received))
+                skips, coarse = encode(i, prepare(to_device(tiles[i], placement[i])))
+                logits = decode(i, skips, self.replace(coarse, received))
                 return finish(i, tiling.crop(i, logits))
 
         sent = []
-        if comm_net is not None:
+        if communicate is not None:
             for i in range(len(tiles)):
                 sent.append(forget(encode_to_send, i))
-            received = self.exchange(comm_net, sent, tiling, placement)
+            received = self.exchange(communicate, sent, tiling, placement)
         else:
             received = [None] * len(tiles)
         outputs = []
@@ -348,23 +352,38 @@ class SharedModule:
 
     def __call__(self, i: int, *inputs):
         """What the module makes of the inputs of tile i, which lie on placement[i]."""
-        device = self.placement[i]
-        weights = dict(self.weights[device])
-        for name, rounded in self.rounded[device].items():
-            weights[name] = RoundedWeight.apply(weights[name], rounded)
-        buffers = dict(self.buffers[device])
-        for name in self.changing:
-            buffers[name] = buffers[name].clone()
+        weights = self.weights_for(i)
+        buffers = self.buffers_for(i)
         # functional_call puts these weights into the module and takes them out again. In the backward pass with recompute,
         # autograd runs the tiles of each GPU in a thread of its own, and without the lock they would mix up their weights.
         with self.lock:
             outputs = functional_call(self.module, (weights, buffers), inputs)
-        if i not in self.counted:  # with recompute, a tile comes here several times
-            self.counted.add(i)
-            sums = self.sums.setdefault(device, {})
-            for name in self.changing:
-                sums[name] = sums.get(name, 0) + buffers[name]
+        self.count(i, buffers)
         return outputs
+
+    def weights_for(self, i: int) -> dict[str, Tensor]:
+        """The weights on the device of tile i; under autocast, rounded to bfloat16 (see RoundedWeight)."""
+        device = self.placement[i]
+        weights = dict(self.weights[device])
+        for name, rounded in self.rounded[device].items():
+            weights[name] = RoundedWeight.apply(weights[name], rounded)
+        return weights
+
+    def buffers_for(self, i: int) -> dict[str, Tensor]:
+        """The old buffers on the device of tile i, copied if they will change."""
+        buffers = dict(self.buffers[self.placement[i]])
+        for name in self.changing:
+            buffers[name] = buffers[name].clone()
+        return buffers
+
+    def count(self, i: int, buffers: dict[str, Tensor]):
+        """Adds the new buffers of tile i to the sums, once: with recompute, a tile is run several times."""
+        if i in self.counted:
+            return
+        self.counted.add(i)
+        sums = self.sums.setdefault(self.placement[i], {})
+        for name in self.changing:
+            sums[name] = sums.get(name, 0) + buffers[name]
 
     @torch.no_grad()
     def update_buffers(self):

@@ -110,7 +110,8 @@ def train_epoch(model: nn.Module, loader, optimizer, schedule, config: dict, dev
                 freeze_after: int) -> float:
     """One pass over the training images. Returns the mean loss. Diverged: a loss is nan or infinite.
 
-    freeze_after: the number of steps, counted over all epochs, after which batch norm is frozen.
+    freeze_after: the number of steps, counted over all epochs, after which batch norm is frozen. That may be before this
+    epoch, in it, or after it.
     """
     steps_done = schedule.last_epoch  # PyTorch's name for the number of steps that the schedule has made
     set_training_mode(model, frozen=steps_done > freeze_after)
@@ -160,9 +161,9 @@ def evaluate(model: nn.Module, loader, config: dict, devices: list) -> dict:
             predicted = logits.argmax(dim=1)
             return loss_sums(logits, mask), confusion(predicted, mask, near_seam, classes)
 
-        if math.prod(tiling.size) > math.prod(config["image_size"]):
-            config = {**config, "recompute": True}  # a larger image than in training may not fit otherwise
-        for tile_sums, tile_counts in run_tiles(model, images, tiling, devices, config, measure):
+        larger = math.prod(tiling.size) > math.prod(config["image_size"])
+        fitting = {**config, "recompute": config["recompute"] or larger}  # what is larger may not fit otherwise
+        for tile_sums, tile_counts in run_tiles(model, images, tiling, devices, fitting, measure):
             sums += tile_sums.to(first)
             counts += tile_counts.to(first)
     sums = processes.all_reduce_sum(sums)
@@ -173,7 +174,7 @@ def evaluate(model: nn.Module, loader, config: dict, devices: list) -> dict:
 @torch.no_grad()
 def compare_modes(model: nn.Module, loader, config: dict, devices: list,
                   frozen: bool) -> dict[str, float]:
-    """The mean loss of the first 16 or so training images in training mode and in evaluation mode, without dropout.
+    """The mean loss of 16 training images, or of a batch, in training mode and in evaluation mode, without dropout.
 
     The two should be alike, as a network is used in evaluation mode. frozen: whether batch norm was, in its training.
     """

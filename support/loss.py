@@ -2,7 +2,7 @@
 
 No device ever holds the whole mask. So each tile gives a few sums over its pixels (`loss_sums`), these sums are added up
 over tiles, images and processes, and the loss is made of the totals (`loss_from_sums`). It equals the loss of the
-stitched image. Another loss changes these functions and nothing else.
+stitched image. Another loss changes these functions and nothing else (and the tests that say what this one is).
 Letters as in decompose.py. This file imports nothing but torch.
 """
 

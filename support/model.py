@@ -1,9 +1,10 @@
 """Building the decomposed U-Net of the paper, and loading one that was trained."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from comm_net import CommNet
 from decompose import DecomposedUNet
@@ -13,15 +14,17 @@ from unet import Decoder, Encoder
 
 
 def build_model(channels: int, classes: int, width: int = 8, depth: int = 3, comm_channels: int = 32,
-                dilations: Sequence[int] = (1, 1, 1), dropout: float = 0.0) -> DecomposedUNet:
+                dilations: Sequence[int] = (1, 1, 1), dropout: float = 0.0,
+                norm: Callable[[int], nn.Module] = nn.BatchNorm2d) -> DecomposedUNet:
     """A new network for images of `channels` channels and masks of `classes` classes.
 
     width: channels at full resolution; depth: how often the encoder halves the resolution; comm_channels: K, at most
     width * 2^depth, or 0 for tiles that know nothing of each other; dilations: of each convolution of the communication
-    network; dropout: probability with which a channel is left out.
+    network; dropout: probability with which a channel is left out; norm: makes the normalisation of encoder and decoder
+    for a number of channels.
     """
-    encoder = Encoder(channels, width, depth, dropout)
-    decoder = Decoder(classes, width, depth, dropout)
+    encoder = Encoder(channels, width, depth, dropout, norm)
+    decoder = Decoder(classes, width, depth, dropout, norm)
     comm_net = CommNet(comm_channels, dropout, dilations) if comm_channels > 0 else None
     model = DecomposedUNet(encoder, decoder, comm_net, comm_channels)
     for weight in model.parameters():
