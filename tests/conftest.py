@@ -29,6 +29,14 @@ CONFIG = {  # of a small network, in the form in which train.py and a checkpoint
 }
 
 
+def random_batch(images: int, size: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Images (B,1,H,W), and masks (B,H,W) of three classes."""
+    height, width = size
+    noise = torch.randn(images, 1, height, width)
+    masks = torch.randint(0, 3, (images, height, width), dtype=torch.uint8)
+    return noise, masks
+
+
 def gradients_of(model: torch.nn.Module) -> list[torch.Tensor]:
     return [weight.grad for weight in model.parameters()]
 

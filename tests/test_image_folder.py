@@ -452,7 +452,7 @@ def test_an_image_that_cannot_be_used_is_named(suffix, image, message, folder, c
 # Each of these does something to an image, its mask or their folder.
 
 def delete_all_images(image, mask):
-    for path in image.parent.iterdir():
+    for path in sorted(image.parent.iterdir()):
         path.unlink()
 
 
@@ -530,7 +530,7 @@ def test_a_file_that_is_missing_or_broken_is_named(spoil, message, folder, capsy
     (1e39, "holds nan, inf or numbers beyond"),
 ])
 def test_a_number_that_no_network_can_use_is_named(value, message, folder, capsys):
-    for path in (folder / "train/images").iterdir():
+    for path in sorted((folder / "train/images").iterdir()):
         replace(path, ".npy", zeros(16, 24, kind=float))
     save(folder / "train/images/3.npy", np.full((16, 24), value))
     assert_refused(folder, message, capsys)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import CONFIG, CPU, assert_all_close, gradients_of
+from conftest import CONFIG, CPU, assert_all_close, gradients_of, random_batch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -20,8 +20,7 @@ def one_step(tiling, **changes):
     torch.manual_seed(0)
     config = {**CONFIG, "dilations": [1, 1, 1], **changes}
     model = build_from_config(config)
-    images = torch.randn(2, 1, *tiling.size)
-    masks = torch.randint(0, 3, (2, *tiling.size), dtype=torch.uint8)
+    images, masks = random_batch(2, tiling.size)
     loss = train.batch_loss(model, images, masks, tiling, [CPU], config)
     loss.backward()
     return loss, model

@@ -4,8 +4,10 @@
 """
 
 import csv
+import io
 import os
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -20,160 +22,332 @@ import train
 from support import checkpoints, processes
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
-OPTIONS = "--width 2 --depth 2 --comm-channels 4 --dropout 0.2 --train-images 32 --epochs 6 --batch-size 4 --seed 3".split()
+KILLS = int(os.environ.get("KILLS", 3))
+EPOCHS = 5  # of 8 steps
+OPTIONS = ("--width 2 --depth 2 --comm-channels 4 --dropout 0.2 --train-images 32 --batch-size 4 --seed 3 "
+           f"--epochs {EPOCHS}").split()
+ONE_EPOCH = [*OPTIONS, "--epochs", "1"]
 
 
-def contents(run):
-    """Weights of both checkpoints, everything else of last.pt that the next step depends on, and the log without times."""
-    best, last = checkpoints.load(run / "best.pt")["model"], checkpoints.load(run / "last.pt")
-    rows = [{name: text for name, text in row.items() if "seconds" not in name} for row in csv.DictReader(open(run / "log.csv"))]
-    tensors = [*best.values(), *last["model"].values(), last["order"], *last["random"],
-               *(x for state in last["optimizer"]["state"].values() for x in state.values())]
-    return tensors, rows, last["schedule"]["last_epoch"]
+def run(options, out):
+    train.main([*options, "--out", str(out)])
 
 
-@pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory):
-    out = tmp_path_factory.mktemp("runs") / "whole"
-    started = time.perf_counter()
-    train.main([*OPTIONS, "--out", str(out)])
-    return contents(out), time.perf_counter() - started
-
-
-def epochs_logged(run) -> int:
-    return max(len((run / "log.csv").read_text().splitlines()) - 1, 0) if (run / "log.csv").exists() else 0
-
-
-def test_a_run_killed_at_any_instant_and_resumed_is_the_run_never_interrupted(tmp_path, uninterrupted):
-    (tensors, rows, steps), seconds = uninterrupted
-    unfinished = 0
-
-    def run_and_kill(kill):
-        out, chance = tmp_path / str(kill), random.Random(kill)
-        run = subprocess.Popen([sys.executable, ROOT / "train.py", *OPTIONS, "--out", out], stdout=subprocess.DEVNULL)
-        epoch = kill % 5 + 1 if kill < 5 else chance.randrange(6)  # then at any instant of it
-        while run.poll() is None and (epochs_logged(out) < epoch or not (out / "last.pt").exists()):
-            time.sleep(0.002)
-        time.sleep(chance.uniform(0, seconds / 20))
-        run.send_signal(signal.SIGKILL)
-        run.wait()
-        return out
-
-    for kill, out in enumerate(ThreadPool(2).imap(run_and_kill, range(int(os.environ.get("KILLS", 3))))):
-        done = len(checkpoints.load(out / "last.pt")["rows"])
-        unfinished += done < 6
-        train.main(["--resume", str(out)])
-        mine = contents(out)
-        assert all(torch.equal(a, b) for a, b in zip(mine[0], tensors, strict=True)), f"killed after {done} epochs"
-        assert mine[1:] == (rows, steps) and not list(out.glob("*.unfinished*"))
-        print(f"kill {kill + 1}: after {done} epochs, resumed to equal weights and log")
-    assert unfinished >= 2  # the others had come to their end
-
-
-def test_ctrl_c_says_how_to_go_on(tmp_path, monkeypatch, capsys):
-    def interrupted(*_):
-        raise KeyboardInterrupt
-    monkeypatch.setattr(train, "evaluate", interrupted)
-    with pytest.raises(SystemExit) as stopped:
-        train.main([*OPTIONS, "--epochs", "1", "--out", str(tmp_path / "run")])
-    assert stopped.value.code == 130 and f"python train.py --resume {tmp_path / 'run'}" in capsys.readouterr().err
-    monkeypatch.undo()
-    train.main(["--resume", str(tmp_path / "run")])
-    assert "0 of 1 epochs are done" in capsys.readouterr().out and (tmp_path / "run/metrics.json").exists()
-
-
-def fails(arguments, capsys) -> str:
-    with pytest.raises(SystemExit) as stopped:
-        train.main([str(word) for word in arguments])
-    said = capsys.readouterr().err
-    assert stopped.value.code == 2 and said.count("\n") == 1
-    return said
-
-
-def test_a_loss_that_is_no_number_stops_the_run_and_the_last_good_epoch_stays(tmp_path, monkeypatch, capsys):
-    said = fails([*OPTIONS, "--lr", "1e30", "--out", tmp_path / "a"], capsys)
-    assert "at step" in said and "of epoch 1: the likely cause is --lr 1e+30" in said and not (tmp_path / "a/best.pt").exists()
-    true_loss, calls = train.batch_loss, []
-
-    def loss_that_breaks(*arguments):
-        calls.append(1)
-        return true_loss(*arguments) * (torch.nan if len(calls) == 19 else 1)  # third step of the third epoch
-    monkeypatch.setattr(train, "batch_loss", loss_that_breaks)
-    assert "the loss became nan at step 3 of epoch 3" in fails([*OPTIONS, "--out", tmp_path / "b"], capsys)
-    last = checkpoints.load(tmp_path / "b/last.pt")
-    assert len(last["rows"]) == 2 and all(weight.isfinite().all() for weight in last["model"].values())
-
-
-def test_a_disk_that_fills_up_leaves_the_previous_checkpoint(tmp_path, capfd):
-    """No file may grow beyond 20 kB for a while: the second checkpoint fails, as on a full disk."""
-    out = tmp_path / "run"
-    code = ("import resource, signal, train; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); from support import checkpoints; true, saved = checkpoints.save, []\n"
-            "def save(path, state):\n"
-            "    saved.append(path)\n"
-            "    if len(saved) == 4: resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))\n"
-            "    true(path, state)\n"
-            f"checkpoints.save = save; train.main({[*OPTIONS, '--epochs', '2', '--out', str(out)]!r})")
-    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert result.returncode == 2 and result.stderr.count("\n") == 1 and "File too large" in result.stderr, result.stderr
-    assert len(checkpoints.load(out / "last.pt")["rows"]) == 1 and not list(out.glob("*.unfinished*"))
+def resume(out):
     train.main(["--resume", str(out)])
 
 
+def message_of_failure(options, capsys) -> str:
+    """The one line with which train.py ends, with status 2."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        train.main(options)
+    said = capsys.readouterr().err
+    assert stopped.value.code == 2
+    assert said.count("\n") == 1
+    return said
+
+
+def epochs_done(out) -> int:
+    return len(checkpoints.load(out / "last.pt")["rows"])
+
+
+def assert_nothing_unfinished(out):
+    for path in out.iterdir():
+        assert not checkpoints.is_unfinished(path)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The folder of a run of one epoch. No test may change it."""
+    out = tmp_path_factory.mktemp("runs") / "run"
+    run(ONE_EPOCH, out)
+    return out
+
+
+# Killed
+
+def tensors_of(out) -> list:
+    """The weights of both checkpoints, and the other tensors of last.pt that the next step depends on."""
+    best = checkpoints.load(out / "best.pt")
+    last = checkpoints.load(out / "last.pt")
+    tensors = list(best["model"].values()) + list(last["model"].values())
+    for state in last["optimizer"]["state"].values():
+        tensors += state.values()
+    tensors.append(last["order"])
+    tensors += last["random"]
+    return tensors
+
+
+def steps_of(out) -> int:
+    return checkpoints.load(out / "last.pt")["schedule"]["last_epoch"]
+
+
+def log_without_times(out) -> list:
+    rows = []
+    with open(out / "log.csv") as file:
+        for row in csv.DictReader(file):
+            del row["train_seconds"], row["seconds"]
+            rows.append(row)
+    return rows
+
+
+def assert_equal_runs(out, expected):
+    for tensor, other in zip(tensors_of(out), tensors_of(expected), strict=True):
+        assert torch.equal(tensor, other)
+    assert steps_of(out) == steps_of(expected)
+    assert log_without_times(out) == log_without_times(expected)
+
+
+def epochs_logged(out) -> int:
+    if not (out / "log.csv").exists():
+        return 0
+    lines = (out / "log.csv").read_text().splitlines()
+    return max(len(lines) - 1, 0)  # the first line is the heading
+
+
+def run_and_kill(plan):
+    """plan: the folder of the run, the epoch after which to kill it, and how many seconds after that."""
+    out, epoch, delay = plan
+    command = [sys.executable, ROOT / "train.py", *OPTIONS, "--out", out]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    while process.poll() is None:
+        if epochs_logged(out) >= epoch and (out / "last.pt").exists():
+            break
+        time.sleep(0.002)
+    time.sleep(delay)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    return out
+
+
+def plan_kills(folder, seconds) -> list:
+    """The first few kills are one in each epoch, and all others are anywhere. seconds: that an epoch takes."""
+    plans = []
+    for kill in range(KILLS):
+        chance = random.Random(kill)
+        epoch = kill + 1 if kill < EPOCHS - 1 else chance.randrange(EPOCHS)
+        delay = chance.uniform(0, seconds)
+        plans.append((folder / str(kill), epoch, delay))
+    return plans
+
+
+def test_a_run_killed_at_any_instant_and_resumed_is_the_run_never_interrupted(tmp_path):
+    started = time.perf_counter()
+    run(OPTIONS, tmp_path / "uninterrupted")
+    seconds = (time.perf_counter() - started) / EPOCHS
+    plans = plan_kills(tmp_path, seconds)
+    unfinished = 0
+    with ThreadPool(2) as pool:
+        for out in pool.imap(run_and_kill, plans):
+            done = epochs_done(out)
+            print(f"kill {out.name}: after {done} epochs")
+            if done < EPOCHS:
+                unfinished += 1
+            resume(out)
+            assert_equal_runs(out, tmp_path / "uninterrupted")
+            assert_nothing_unfinished(out)
+    assert unfinished >= 2  # the others had come to their end
+
+
+# Stopped by the user, by a loss, by a full disk
+
+def interrupt(*arguments):
+    raise KeyboardInterrupt
+
+
+def test_ctrl_c_says_how_to_go_on(tmp_path, monkeypatch, capsys):
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "evaluate", interrupt)
+        with pytest.raises(SystemExit) as stopped:
+            run(ONE_EPOCH, out)
+    assert stopped.value.code == 130
+    assert f"python train.py --resume {out}" in capsys.readouterr().err
+    resume(out)
+    assert "0 of 1 epochs are done" in capsys.readouterr().out
+    assert (out / "metrics.json").exists()
+
+
+def test_a_loss_that_is_no_number_stops_the_run_and_names_the_learning_rate(tmp_path, capsys):
+    out = tmp_path / "run"
+    said = message_of_failure([*OPTIONS, "--lr", "1e30", "--out", str(out)], capsys)
+    assert "at step" in said
+    assert "of epoch 1: the likely cause is --lr 1e+30" in said
+    assert not (out / "best.pt").exists()
+
+
+class BreakingLoss:
+    """batch_loss, which returns nan when it is called for the third time in the third epoch."""
+
+    def __init__(self, batch_loss):
+        self.batch_loss = batch_loss
+        self.calls = 0
+
+    def __call__(self, *arguments):
+        loss = self.batch_loss(*arguments)
+        self.calls += 1
+        if self.calls == 8 + 8 + 3:
+            loss = loss * torch.nan
+        return loss
+
+
+def test_the_last_good_epoch_stays_when_a_loss_is_no_number(tmp_path, monkeypatch, capsys):
+    out = tmp_path / "run"
+    monkeypatch.setattr(train, "batch_loss", BreakingLoss(train.batch_loss))
+    said = message_of_failure([*OPTIONS, "--out", str(out)], capsys)
+    assert "the loss became nan at step 3 of epoch 3" in said
+    assert epochs_done(out) == 2
+    for weight in checkpoints.load(out / "last.pt")["model"].values():
+        assert weight.isfinite().all()
+
+
+class DiskThatFillsUp:
+    """checkpoints.save, which fails from the fourth time on, as no file may then grow beyond 20 kB."""
+
+    def __init__(self, save):
+        self.save = save
+        self.calls = 0
+
+    def __call__(self, path, state):
+        self.calls += 1
+        if self.calls < 4:
+            self.save(path, state)
+            return
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20000, hard))
+        try:
+            self.save(path, state)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_disk_that_fills_up_leaves_the_previous_checkpoint(tmp_path, monkeypatch, capsys):
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints, "save", DiskThatFillsUp(checkpoints.save))
+        said = message_of_failure([*OPTIONS, "--epochs", "2", "--out", str(out)], capsys)
+    assert "File too large" in said
+    assert epochs_done(out) == 1
+    assert_nothing_unfinished(out)
+    resume(out)
+    assert epochs_done(out) == 2
+
+
+# Checkpoints that cannot be used
+
+def bytes_of_a_checkpoint() -> bytes:
+    buffer = io.BytesIO()
+    torch.save({"config": {}, "model": torch.zeros(100)}, buffer)
+    return buffer.getvalue()
+
+
+def half(content: bytes) -> bytes:
+    return content[:len(content) // 2]
+
+
+def assert_named_and_untouched(out, message, capsys):
+    before = {path: path.read_bytes() for path in out.iterdir()}
+    said = message_of_failure(["--resume", str(out)], capsys)
+    assert str(out) in said
+    assert message in said
+    assert {path: path.read_bytes() for path in out.iterdir()} == before
+
+
+def test_a_folder_without_a_checkpoint_is_named(tmp_path, capsys):
+    assert_named_and_untouched(tmp_path, "holds no last.pt", capsys)
+
+
+@pytest.mark.parametrize("content", [half(bytes_of_a_checkpoint()), b"", b"hello"], ids=["truncated", "empty", "text"])
+def test_a_damaged_checkpoint_is_named(content, tmp_path, capsys):
+    (tmp_path / "last.pt").write_bytes(content)
+    assert_named_and_untouched(tmp_path, "damaged", capsys)
+
+
+@pytest.mark.parametrize("content", [{"state_dict": {}}, [1, 2]], ids=["of another program", "a list"])
+def test_a_file_that_is_no_checkpoint_is_named(content, tmp_path, capsys):
+    torch.save(content, tmp_path / "last.pt")
+    assert_named_and_untouched(tmp_path, "holds no config", capsys)
+
+
 class Code:
+    """What makes a folder when it is loaded as Python's pickle loads things."""
+
     def __reduce__(self):
         return os.mkdir, ("ran",)
 
 
-@pytest.mark.parametrize("name, content, message", [
-    ("missing", None, "holds no last.pt"), ("truncated", lambda whole: whole[:len(whole) // 2], "damaged"),
-    ("empty", lambda whole: b"", "damaged"), ("text", lambda whole: b"hello", "damaged"),
-    ("of another program", {"state_dict": {}}, "holds no config"), ("a list", [1, 2], "holds no config"),
-    ("code", {"config": Code(), "model": {}}, "holds code, which is not run")])
-def test_a_checkpoint_that_cannot_be_used_is_named_and_its_code_never_run(
-        name, content, message, tmp_path, monkeypatch, capsys, uninterrupted):
+def test_code_in_a_checkpoint_is_named_and_not_run(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    run = tmp_path / "run"
-    run.mkdir()
-    if callable(content):
-        torch.save({"config": {}, "model": torch.zeros(100)}, run / "last.pt")
-        (run / "last.pt").write_bytes(content((run / "last.pt").read_bytes()))
-    elif content is not None:
-        torch.save(content, run / "last.pt")
-    before = {path: path.read_bytes() for path in run.iterdir()}
-    assert str(run) in (said := fails(["--resume", run], capsys)) and message in said
-    assert {path: path.read_bytes() for path in run.iterdir()} == before and not (tmp_path / "ran").exists()
+    out = tmp_path / "run"
+    out.mkdir()
+    torch.save({"config": Code(), "model": {}}, out / "last.pt")
+    assert_named_and_untouched(out, "holds code, which is not run", capsys)
+    assert not (tmp_path / "ran").exists()
 
 
-def test_weights_that_do_not_fit_their_configuration_are_named(tmp_path, capsys):
-    train.main([*OPTIONS, "--epochs", "1", "--out", str(tmp_path / "run")])
-    state = checkpoints.load(tmp_path / "run/last.pt")
-    for change, message in (({"config": state["config"] | {"width": 4}}, "its weights do not fit its configuration"),
-                            ({"config": {}}, "another version of train.py"), ({"model": {}}, "another version of train.py"),
-                            ({"optimizer": {}}, "what it holds does not go together"),
-                            ({"config": state["config"] | {"train_images": 99}}, "the images have changed")):
-        checkpoints.save(tmp_path / "run/last.pt", state | change)
-        capsys.readouterr()
-        assert message in fails(["--resume", tmp_path / "run"], capsys)
+@pytest.mark.parametrize("entry, message", [
+    ("config", "another version of train.py"),
+    ("model", "another version of train.py"),
+    ("optimizer", "what it holds does not go together"),
+])
+def test_an_entry_that_holds_nothing_is_named(entry, message, finished, tmp_path, capsys):
+    state = checkpoints.load(finished / "last.pt")
+    state[entry] = {}
+    checkpoints.save(tmp_path / "last.pt", state)
+    assert message in message_of_failure(["--resume", str(tmp_path)], capsys)
 
+
+@pytest.mark.parametrize("option, value, message", [
+    ("width", 4, "its weights do not fit its configuration"),
+    ("train_images", 99, "the images have changed"),
+])
+def test_options_that_do_not_fit_the_checkpoint_are_named(option, value, message, finished, tmp_path, capsys):
+    state = checkpoints.load(finished / "last.pt")
+    state["config"][option] = value
+    checkpoints.save(tmp_path / "last.pt", state)
+    assert message in message_of_failure(["--resume", str(tmp_path)], capsys)
+
+
+# Which run goes on
 
 def test_resume_goes_alone(tmp_path, capsys):
-    assert "give it alone" in fails(["--resume", tmp_path, "--epochs", 3], capsys)
+    said = message_of_failure(["--resume", str(tmp_path), "--epochs", "3"], capsys)
+    assert "give it alone" in said
 
 
-def test_a_restart_goes_on_with_the_run_it_was_and_with_no_other(tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def torchrun_can_restart(monkeypatch):
     monkeypatch.setattr(processes, "CAN_RESTART", True)
-    once = [*OPTIONS, "--epochs", "1", "--out", tmp_path / "run"]
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run/.unfinished-last.pt").touch()  # what a power cut left of a first try
-    for said in ("epoch  train loss", "1 of 1 epochs are done"):
-        train.main([str(word) for word in once])
-        assert said in capsys.readouterr().out
-    assert "holds a run with another lr, another seed" in fails([*once, "--seed", 4, "--lr", 0.1], capsys)
-    assert "give --out" in fails(OPTIONS, capsys)
+
+
+def test_a_restart_goes_on_with_the_run_that_it_was(torchrun_can_restart, tmp_path, capsys):
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / ".unfinished-last.pt").touch()  # what a power cut left of a first try
+    run(ONE_EPOCH, out)
+    assert "epoch  train loss" in capsys.readouterr().out
+    run(ONE_EPOCH, out)
+    assert "1 of 1 epochs are done" in capsys.readouterr().out
+
+
+def test_a_restart_goes_on_with_no_other_run(torchrun_can_restart, finished, capsys):
+    others = ["--seed", "4", "--lr", "0.1"]
+    said = message_of_failure([*ONE_EPOCH, *others, "--out", str(finished)], capsys)
+    assert "holds a run with another lr, another seed" in said
+
+
+def test_a_restart_needs_to_know_its_folder(torchrun_can_restart, capsys):
+    assert "give --out" in message_of_failure(OPTIONS, capsys)
+
+
+def test_a_restart_needs_new_addresses(torchrun_can_restart, finished, monkeypatch, capsys):
     monkeypatch.setattr(processes, "REMEMBERS", True)
-    assert "set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in fails(once, capsys)
+    said = message_of_failure([*ONE_EPOCH, "--out", str(finished)], capsys)
+    assert "set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in said
 
 
 def test_without_epochs_the_network_is_only_evaluated(tmp_path):
-    train.main([*OPTIONS, "--epochs", "0", "--out", str(tmp_path / "run")])
-    assert {path.name for path in (tmp_path / "run").iterdir()} == {"best.pt", "last.pt", "metrics.json", "predictions.png"}
+    run([*OPTIONS, "--epochs", "0"], tmp_path / "run")
+    names = {path.name for path in (tmp_path / "run").iterdir()}
+    assert names == {"best.pt", "last.pt", "metrics.json", "predictions.png"}

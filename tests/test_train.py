@@ -1,4 +1,6 @@
+import contextlib
 import csv
+import io
 import json
 
 import pytest
@@ -14,55 +16,112 @@ CPU = torch.device("cpu")
 SMALL = "--width 2 --depth 2 --comm-channels 4 --train-images 8 --epochs 2 --batch-size 4".split()
 
 
-# Runs
+def run(out, *options) -> dict:
+    """Trains a small network. Returns what metrics.json holds."""
+    train.main([*SMALL, *options, "--out", str(out)])
+    return read_metrics(out)
 
-def run(*arguments) -> dict:
-    train.main([*SMALL, *map(str, arguments)])
-    return json.loads((arguments[arguments.index("--out") + 1] / "metrics.json").read_text())
+
+def read_metrics(out) -> dict:
+    return json.loads((out / "metrics.json").read_text())
 
 
-def test_a_run_leaves_its_files_and_they_say_the_same(tmp_path, capsys):
-    out = tmp_path / "run"
-    metrics = run("--gpus", 4, "--out", out)
-    assert sorted(path.name for path in out.iterdir()) == [
-        "best.pt", "curves.png", "last.pt", "log.csv", "metrics.json", "predictions.png"]
-    assert set(metrics) == {"config", "parameters", "seconds", "seconds_per_step", "peak_mib", "val", "test",
-                            "loss_of_training_images"}
-    assert metrics["config"]["image_size"] == [64, 64] and metrics["config"]["grid"] == [2, 2]
+# The files of a run
+
+class FinishedRun:
+    """A run of a small network: its folder, what metrics.json holds, and what was printed."""
+
+    def __init__(self, out):
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            self.metrics = run(out, "--gpus", "4")
+        self.out = out
+        self.printed = printed.getvalue()
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    return FinishedRun(tmp_path_factory.mktemp("runs") / "run")
+
+
+def test_a_run_leaves_its_files(finished):
+    names = sorted(path.name for path in finished.out.iterdir())
+    assert names == ["best.pt", "curves.png", "last.pt", "log.csv", "metrics.json", "predictions.png"]
+
+
+def test_the_metrics_of_a_run(finished):
+    metrics = finished.metrics
+    assert set(metrics) == {
+        "config", "parameters", "seconds", "seconds_per_step", "peak_mib", "val", "test", "loss_of_training_images"}
+    assert metrics["config"]["image_size"] == [64, 64]
+    assert metrics["config"]["grid"] == [2, 2]
     assert set(metrics["test"]["iou"]) == {"background", "line", "circle"}
-    assert metrics["seconds"] > 0 and metrics["seconds_per_step"] > 0 and all(metrics["peak_mib"].values())
-    rows = list(csv.DictReader(open(out / "log.csv")))
+    assert metrics["seconds"] > 0
+    assert metrics["seconds_per_step"] > 0
+    assert all(metrics["peak_mib"].values())
+
+
+def test_the_log_has_a_row_for_each_epoch_and_the_metrics_are_those_of_the_best(finished):
+    with open(finished.out / "log.csv") as file:
+        rows = list(csv.DictReader(file))
     assert [row["epoch"] for row in rows] == ["1", "2"]
-    assert max(float(row["val_mean_iou"]) for row in rows) == metrics["val"]["mean_iou"]
-    said = capsys.readouterr().out
-    assert "2x2 tiles on" in said and "test IoU" in said and f"{metrics['test']['iou']['circle']:.4f}" in said
-
-    model, config = load_model(out / "best.pt")
-    data = torch.utils.data.DataLoader(build_datasets(config)["test"], 4)
-    again = train.evaluate(model, data, config, [CPU])
-    assert again == metrics["test"]
-    assert metrics["parameters"] == sum(weight.numel() for weight in load_model(out / "last.pt")[0].parameters())
+    best = max(float(row["val_mean_iou"]) for row in rows)
+    assert best == finished.metrics["val"]["mean_iou"]
 
 
-def test_the_same_seed_gives_the_same_numbers_and_another_seed_others(tmp_path):
-    one, two, other = (run("--out", tmp_path / name, "--seed", seed) for name, seed in (("a", 1), ("b", 1), ("c", 2)))
-    assert one["val"] == two["val"] and one["test"] == two["test"]
+def test_a_run_prints_its_tiles_and_its_scores(finished):
+    assert "2x2 tiles on" in finished.printed
+    assert "test IoU" in finished.printed
+    iou = finished.metrics["test"]["iou"]["circle"]
+    assert f"{iou:.4f}" in finished.printed
+
+
+def test_the_best_checkpoint_has_the_scores_of_the_metrics(finished):
+    model, config = load_model(finished.out / "best.pt")
+    loader = torch.utils.data.DataLoader(build_datasets(config)["test"], batch_size=4)
+    scores = train.evaluate(model, loader, config, [CPU])
+    assert scores == finished.metrics["test"]
+
+
+def test_the_metrics_count_the_parameters(finished):
+    model, _ = load_model(finished.out / "last.pt")
+    count = sum(weight.numel() for weight in model.parameters())
+    assert count == finished.metrics["parameters"]
+
+
+# What is learned
+
+def test_the_same_seed_gives_the_same_numbers_and_another_seed_others(tmp_path, no_pictures):
+    one = run(tmp_path / "one", "--seed", "1")
+    same = run(tmp_path / "same", "--seed", "1")
+    other = run(tmp_path / "other", "--seed", "2")
+    assert one["val"] == same["val"]
+    assert one["test"] == same["test"]
     assert one["test"] != other["test"]
 
 
-def test_the_plain_unet_is_a_flag_away(tmp_path):
-    run("--grid", "1x1", "--comm-channels", 0, "--out", tmp_path / "plain")
-    UNet(1, 3, 2, 2).load_state_dict(load_model(tmp_path / "plain/best.pt")[0].state_dict())
+def test_the_plain_unet_is_a_flag_away(tmp_path, no_pictures):
+    run(tmp_path / "plain", "--grid", "1x1", "--comm-channels", "0")
+    trained, _ = load_model(tmp_path / "plain/best.pt")
+    unet = UNet(in_channels=1, classes=3, width=2, depth=2)
+    unet.load_state_dict(trained.state_dict())
+
+
+LINES = ("--grid 1x2 --image-size 32x64 --depth 2 --width 8 --comm-channels 16 --train-images 320 --epochs 3 "
+         "--batch-size 8").split()
 
 
 def line_iou(out, *options) -> float:
-    small = "--grid 1x2 --image-size 32x64 --depth 2 --width 8 --comm-channels 16 --train-images 320 --epochs 3 --batch-size 8"
-    train.main([*small.split(), "--out", str(out), *options])
-    return json.loads((out / "metrics.json").read_text())["test"]["iou"]["line"]
+    """How well lines are found, of which each tile sees a part that does not tell whether it is one."""
+    train.main([*LINES, *options, "--out", str(out)])
+    return read_metrics(out)["test"]["iou"]["line"]
 
 
-def test_tiles_that_communicate_learn_the_line_and_tiles_that_do_not_can_only_guess(tmp_path, no_pictures):
+def test_tiles_that_communicate_learn_the_line(tmp_path, no_pictures):
     assert line_iou(tmp_path / "with") > 0.4
+
+
+def test_tiles_that_do_not_communicate_can_only_guess_the_line(tmp_path, no_pictures):
     assert line_iou(tmp_path / "without", "--comm-channels", "0") < 0.2
 
 
@@ -82,7 +141,7 @@ def test_tiles_that_communicate_learn_the_line_and_tiles_that_do_not_can_only_gu
     ("--dataset folder", "say also where it is, --data DIR"),
     ("--dataset folder --data . --out ./test", "is inside --data"),
     ("--resume nowhere", "--resume nowhere: holds no last.pt"),
-    (f"--resume {300 * 'x'}", "File name too long"),
+    ("--resume " + 300 * "x", "File name too long"),
     ("--out README.md/run", "is a file or closed to you"),
     ("--grid 2x2x2", "--grid: '2x2x2'"),
     ("--grid 9x1", "9 rows of tiles: an image of 64x64 pixels in cells of 8x8 can have 1 to 8"),
@@ -96,12 +155,16 @@ def test_tiles_that_communicate_learn_the_line_and_tiles_that_do_not_can_only_gu
     ("--lr nan", "--lr: 'nan'"),
     ("--dropout 1", "--dropout 1.0: take less than 1"),
     ("--dataset cats", "--dataset: invalid choice: 'cats'"),
-    ("--epochs", "--epochs: expected one argument")])
+    ("--epochs", "--epochs: expected one argument"),
+])
 def test_bad_input_ends_with_one_line_and_status_2(arguments, message, capsys):
     with pytest.raises(SystemExit) as stopped:
         train.main(arguments.split())
     said = capsys.readouterr()
-    assert stopped.value.code == 2 and said.out == "" and said.err.count("\n") == 1 and message in said.err
+    assert stopped.value.code == 2
+    assert said.out == ""
+    assert said.err.count("\n") == 1
+    assert message in said.err
 
 
 def test_a_folder_that_holds_something_is_not_written_to(tmp_path, capsys):
@@ -109,7 +172,8 @@ def test_a_folder_that_holds_something_is_not_written_to(tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
         train.main(["--out", str(tmp_path)])
     assert "this folder is not empty" in capsys.readouterr().err
-    assert [path.read_text() for path in tmp_path.iterdir()] == ["precious"]
+    assert list(tmp_path.iterdir()) == [tmp_path / "best.pt"]
+    assert (tmp_path / "best.pt").read_text() == "precious"
 
 
 def test_a_file_appears_whole_or_not_at_all(tmp_path):
@@ -121,7 +185,20 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path):
     assert path.read_text() == "old"
 
 
-@pytest.mark.parametrize("gpus, grid", [(0, (2, 2)), (1, (2, 2)), (4, (2, 2)), (5, (2, 5)), (6, (3, 4)), (8, (4, 4)), (16, (4, 4))])
+@pytest.mark.parametrize("gpus, grid", [
+    (0, (2, 2)),
+    (1, (2, 2)),
+    (4, (2, 2)),
+    (5, (2, 5)),
+    (6, (3, 4)),
+    (8, (4, 4)),
+    (16, (4, 4)),
+])
 def test_default_grids(gpus, grid):
     assert options.default_grid(gpus) == grid
-    assert grid[0] * grid[1] % max(gpus, 1) == 0
+
+
+@pytest.mark.parametrize("gpus", [1, 4, 5, 6, 8, 16])
+def test_a_default_grid_has_as_many_tiles_for_every_gpu(gpus):
+    rows, columns = options.default_grid(gpus)
+    assert rows * columns % gpus == 0
