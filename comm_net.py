@@ -27,6 +27,7 @@ class CommNet(nn.Sequential):
     def __init__(self, channels: int, dropout: float = 0.1, dilations: Sequence[int] = (1, 1, 1)):
         super().__init__()
         for dilation in dilations:
+            # Batch norm makes its bias needless, but the paper's network has it.
             self.append(nn.Conv2d(channels, channels, kernel_size=5, padding=2 * dilation, dilation=dilation))
             self.append(nn.BatchNorm2d(channels))
             self.append(nn.ReLU(inplace=True))

@@ -64,13 +64,13 @@ class Tiling:
 
     @functools.cached_property
     def coarse_size(self) -> tuple[int, int]:
-        """Rows and columns of cells. The last ones may be padded."""
+        """Rows and columns of cells: the size of the coarse map of the whole image. The last cells may be padded."""
         height, width = self.size
         return -(-height // self.cell), -(-width // self.cell)
 
     @functools.cached_property
     def coarse(self) -> "Tiling":
-        """The same tiling of the coarse map, which has one pixel for every cell."""
+        """The same cuts for the coarse map, which has one pixel for every cell: it splits and stitches coarse maps."""
         return Tiling(self.coarse_size, self.grid, overlap=self.overlap // self.cell)
 
     def spans(self, axis: int, overlap: int) -> list[tuple[int, int]]:
@@ -116,7 +116,8 @@ class Tiling:
         pixels = self.overlap if overlap else 0
         tiles = []
         for top, bottom in self.spans(0, pixels):
-            strip = x[..., top:bottom, :]  # in two steps, to save memory: the gradient of a cut is as large as what it was cut from
+            # Rows first, then columns, to save memory: the gradient of a cut is as large as what it was cut from.
+            strip = x[..., top:bottom, :]
             for left, right in self.spans(1, pixels):
                 tile = strip[..., left:right]
                 missing_rows = bottom - top - tile.shape[-2]
@@ -133,7 +134,7 @@ class Tiling:
         return tile[..., top - halo_top:bottom - halo_top, left - halo_left:right - halo_left]
 
     def stitch(self, tiles: Sequence[Tensor], device: torch.device | None = None) -> Tensor:
-        """Tiles (...,h,w) without overlap, row-major, on any devices -> (...,H,W) on `device`, or else on the first tile's."""
+        """Tiles (...,h,w) without overlap, row-major, on any devices -> (...,H,W) on `device`, or on that of the first tile."""
         if device is None:
             device = tiles[0].device
         moved = []
@@ -185,8 +186,10 @@ class DecomposedUNet(nn.Module):
         prepare(tile): is called with each tile on its device, before it is encoded.
         recompute: trade time for memory. Without it, the activations of all tiles are kept until the backward pass. With
             it, each tile is forgotten and computed again when it is needed, so a device holds the activations of one
-            tile at a time, and one device those of the communication network. Loss, gradients and running statistics are the same, but for the channels of dropout.
-        comm_device: where the communication network is computed; None: on the device of the first tile.
+            tile at a time, and one device also those of the communication network. Loss, gradients and running
+            statistics are the same, but for the channels that dropout draws.
+        comm_device: where the communication network is computed; None: on the device of the first tile. With autocast,
+            it must be of the same type as the devices of the tiles.
         ValueError: there is not one tile and one device for each tile of the tiling.
         """
         if not len(tiles) == len(placement) == len(tiling):
@@ -258,8 +261,9 @@ class DecomposedUNet(nn.Module):
     def recomputed(self, encode, decode, communicate, tiles, tiling, placement, finish, prepare) -> list:
         """The same in two passes, each of which forgets a tile before it goes on to the next.
 
-        The first pass encodes each tile and keeps only what the tile sends. The communication network is not forgotten. The second pass encodes it again, decodes it,
-        and keeps only what `finish` returns. The backward pass calls both functions again, one tile after the other.
+        The first pass encodes each tile and keeps only what the tile sends. The second pass encodes it again, decodes it,
+        and keeps only what `finish` returns. The backward pass calls both functions again, one tile after the other. The
+        activations of the communication network are kept.
         """
         seeds = draw_seeds(len(tiles))
 

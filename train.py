@@ -64,7 +64,10 @@ def run_tiles(model: nn.Module, images: Tensor, tiling: Tiling, devices: list, c
 
 def batch_loss(model: nn.Module, images: Tensor, masks: Tensor, tiling: Tiling, devices: list,
                config: dict) -> Tensor:
-    """Images (B,C,H,W), masks (B,H,W) -> the loss, on the first device. Each tile gives its sums, and only these travel."""
+    """Images (B,C,H,W), masks (B,H,W) -> the loss, on the first device. Each tile gives its sums, and only these travel.
+
+    Of config it needs "mean", "std", "amp" and "recompute".
+    """
     mask_tiles = tiling.split(masks, overlap=False, fill=IGNORE)
 
     def finish(i, logits):
@@ -101,9 +104,13 @@ def set_training_mode(model: nn.Module, frozen: bool):
     BatchNorm" (arXiv 2105.07576).
     """
     model.train()
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.train(not frozen)
+    for layer in batch_norms(model):
+        layer.train(not frozen)
+
+
+def batch_norms(model: nn.Module) -> list[nn.BatchNorm2d]:
+    """The layers of batch norm, if it has any."""
+    return [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
 
 
 def train_epoch(model: nn.Module, loader, optimizer, schedule, config: dict, devices: list,
@@ -114,21 +121,24 @@ def train_epoch(model: nn.Module, loader, optimizer, schedule, config: dict, dev
     epoch, in it, or after it.
     """
     steps_done = schedule.last_epoch  # PyTorch's name for the number of steps that the schedule has made
-    set_training_mode(model, frozen=steps_done > freeze_after)
+    frozen = steps_done > freeze_after  # in an earlier epoch
+    set_training_mode(model, frozen)
     losses = []
     for images, masks in ignore_surplus_images(loader):
         if steps_done == freeze_after:
+            frozen = True
             processes.average_buffers(model)  # from now on they are the same in all processes
-            set_training_mode(model, frozen=True)
-            show_progress("")
-            print(f"batch norm keeps its statistics after {freeze_after} of {schedule.total_steps} steps")
+            set_training_mode(model, frozen)
+            if batch_norms(model):
+                show_progress("")
+                print(f"batch norm keeps its statistics after {freeze_after} of {schedule.total_steps} steps")
         loss = train_step(model, images, masks, optimizer, schedule, config, devices)
         losses.append(loss)
         steps_done += 1
         if len(losses) % 50 == 0 or len(losses) == len(loader):  # seldom, as to look at a loss is to wait for the GPUs
             check_losses(losses, epoch=math.ceil(steps_done / len(loader)))
         show_progress(f"step {len(losses)} of {len(loader)}")
-    if steps_done <= freeze_after:
+    if not frozen:
         processes.average_buffers(model)
     return torch.stack(losses).mean().item()
 

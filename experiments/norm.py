@@ -28,8 +28,8 @@ from torch import nn
 from experiments.common import (MODELS, QUICK, append_rows, column, different, file_name, is_measured, make_folder,
                                 make_parser, mean_and_spread, plot_spread, read_rows, save_table, trained, where)
 from support import plots
+from support.model import build_model
 from support.options import number
-from unet import Decoder, Encoder
 
 GROUP_NORM = "group norm"
 SETTINGS = {  # the part of the steps after which batch norm is frozen
@@ -86,9 +86,8 @@ def measure(case: dict, folder: Path, data: Path, options: list[str]) -> dict:
 
     out = folder / f"{task}-{model.split()[0]}-batch{size}-{file_name(setting)}-seed{seed}"
     norm = group_norm if setting == GROUP_NORM else nn.BatchNorm2d
-    encoder = functools.partial(Encoder, norm=norm)
-    decoder = functools.partial(Decoder, norm=norm)
-    with mock.patch("support.model.Encoder", encoder), mock.patch("support.model.Decoder", decoder):
+    build = functools.partial(build_model, norm=norm)
+    with mock.patch("support.model.build_model", build):
         metrics = trained(out, options)
 
     score = metrics["test"]["mean_iou"]
@@ -125,8 +124,8 @@ def draw(path: Path, rows: list[dict]):
         row_of_panels[0].set_ylabel(score)
     for axes in panels[-1]:
         axes.set_xlabel("batch norm is frozen after")
-    if rows:
-        panels[0][0].legend(fontsize=8)
+    lines, labels = panels[-1][0].get_legend_handles_labels()
+    figure.legend(lines, labels, loc="outside lower center", ncols=len(MODELS), frameon=False)
     plots.save(figure, path)
 
 

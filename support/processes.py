@@ -139,15 +139,16 @@ def parallel(model: nn.Module) -> nn.Module:
 def all_reduce_sum(x: Tensor) -> Tensor:
     """The sum over processes, with the gradient of a sum.
 
-    The value added at the end is zero, but it has a gradient. DistributedDataParallel divides the gradient by the number
-    of processes, and the factor undoes that.
+    Each process only knows how its own x came about, so the total gets the gradient of that part. Suppose two processes
+    hold 2 and 3. Both return 5, and in each of them the gradient of 5 goes to its own x. DistributedDataParallel takes
+    the mean of the processes' gradients where the sum is wanted, which the factor undoes.
     """
     if not dist.is_initialized():
         return x
     total = x.detach().clone()
     dist.all_reduce(total)
     if x.requires_grad:
-        total = total + world_size() * (x - x.detach())
+        total = total + world_size() * (x - x.detach())  # adds zero, and a gradient
     return total
 
 

@@ -1,16 +1,19 @@
 """Every experiment runs, in its smoke version."""
 
+import gc
 import json
 from collections import Counter
 
 import pytest
 import torch
+from conftest import CPU
 
 import plan
 import train
 from comm_net import CommNet
 from experiments import benchmark, comm_channels, control, deepglobe, generalise, idea, memory, norm, qualitative, reach
 from experiments.common import read_rows
+from support import processes
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
 SCRIPTS = [  # script, rows of its table of results, name of a score, what its Markdown table tells
@@ -46,7 +49,18 @@ def test_three_models_side_by_side_and_the_idea_in_one_picture(folder, monkeypat
 
 # The benchmark
 
-def test_the_benchmark_ends_with_a_line_of_json(folder, capsys):
+def everything_fits(config):
+    """In place of plan.predict, which takes longer than the steps themselves."""
+    return Counter(), Counter()
+
+
+def only_recompute_fits(config):
+    bytes_needed = 0 if config["recompute"] else 2**60
+    return Counter({"cpu:1": bytes_needed}), Counter()
+
+
+def test_the_benchmark_ends_with_a_line_of_json(folder, monkeypatch, capsys):
+    monkeypatch.setattr(plan, "predict", everything_fits)
     benchmark.main(["--quick"])
     rows = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
     peaks = {row["model"]: row["peak_mib"] for row in rows}
@@ -56,11 +70,25 @@ def test_the_benchmark_ends_with_a_line_of_json(folder, capsys):
     assert (folder / "runs/benchmark-quick/benchmark.png").exists()
 
 
-def test_a_contestant_that_does_not_fit_is_out_of_memory(folder, monkeypatch, capsys):
-    def only_recompute_fits(config):
-        bytes_needed = 0 if config["recompute"] else 2**60
-        return Counter({"cpu:1": bytes_needed}), Counter()
+def test_a_contestant_enters_if_the_machine_holds_what_is_predicted_for_it(monkeypatch):
+    asked = benchmark.make_parser().parse_args("--grid 1x2 --width 2 --depth 1 --comm-channels 4".split())
+    config = {**benchmark.make_config(asked), "image_size": (64, 64)}
+    peak, _ = plan.predict(config)
+    gib = peak["cpu:1"] / 2**30
 
+    def slightly_more():
+        return 1.1 * gib
+
+    def slightly_less():
+        return 0.9 * gib
+
+    monkeypatch.setattr(processes, "memory_gib", slightly_more)
+    assert benchmark.enter(config, CPU) is not None
+    monkeypatch.setattr(processes, "memory_gib", slightly_less)
+    assert benchmark.enter(config, CPU) is None
+
+
+def test_a_contestant_that_does_not_fit_is_out_of_memory(folder, monkeypatch, capsys):
     monkeypatch.setattr(plan, "predict", only_recompute_fits)
     benchmark.main("--sizes 32 --grid 2x2 --width 2 --depth 2 --comm-channels 8 --rounds 1".split())
     *lines, last = capsys.readouterr().out.splitlines()
@@ -87,9 +115,21 @@ def test_processes_exchange_their_gradients_once_and_the_sums_of_the_loss(folder
 
 # Those that add to a file of results
 
+FEWER = ["--train-images", "4"]
+
+
+def make_smaller(script, monkeypatch):
+    """Smoke runs learn from fewer synthetic images. The last option counts."""
+    if script is norm:
+        monkeypatch.setitem(norm.QUICK_OPTIONS, "lines", norm.QUICK + FEWER)
+    elif script in (comm_channels, control, generalise):
+        monkeypatch.setattr(script, "QUICK", script.QUICK + FEWER)
+
+
 @pytest.mark.parametrize("script, rows, score, told", SCRIPTS)
 def test_a_quick_run_leaves_results_a_table_and_a_picture_and_makes_nothing_twice(script, rows, score, told, folder,
                                                                                    monkeypatch):
+    make_smaller(script, monkeypatch)
     monkeypatch.setattr(memory, "GPUS", 0)
     script.main(["--quick"])
     name = script.__name__.split(".")[1]
@@ -132,24 +172,32 @@ def test_the_control_has_the_same_parameters_and_no_exchange():
     assert torch.equal(alone(before)[last_tile], alone(after)[last_tile])
 
 
-def test_a_step_that_does_not_fit_is_a_value_in_the_table(folder, monkeypatch):
-    def nothing(device):
+@pytest.fixture
+def one_gpu(monkeypatch):
+    """experiments.memory believes in a GPU whose allocator always says 3 GiB. The steps are made on the CPU."""
+    def nothing(device=None):
         pass
 
     def three_gib(device):
         return 3 * 2**30
 
-    def full(*arguments):
-        raise torch.OutOfMemoryError
-
+    monkeypatch.setattr(memory, "GPUS", 1)
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", nothing)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", three_gib)
-    monkeypatch.setattr(memory, "GPUS", 1)
+    monkeypatch.setattr(gc, "collect", nothing)  # slow in a process that has run many tests
+
+
+def test_what_the_allocator_of_a_gpu_says_is_in_the_table(folder, one_gpu):
     memory.main(["--quick"])
     table = folder / "runs/memory-quick/memory.md"
     assert "| 128x128 | 3.00 | 3.00 | 3.00 | 3.00 |" in table.read_text()
 
-    (folder / "runs/memory-quick/memory.csv").unlink()
+
+def test_a_step_that_does_not_fit_is_a_value_in_the_table(folder, one_gpu, monkeypatch):
+    def full(*arguments):
+        raise torch.OutOfMemoryError
+
     monkeypatch.setattr(train, "batch_loss", full)
     memory.main(["--quick"])
+    table = folder / "runs/memory-quick/memory.md"
     assert "| 128x128 | out of memory | out of memory | " in table.read_text()

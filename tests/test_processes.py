@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import ROOT
+from conftest import CONFIG, CPU, ROOT, gradients_of
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, Subset
 
 import train
@@ -23,42 +23,74 @@ from support.loss import IGNORE, loss_from_sums, loss_sums
 from support.model import build_from_config
 from synthetic import LinesAndCircles
 
-CPU = [torch.device("cpu")]
-IMAGES, BATCH = 7, 5  # the last batch has 2 images: too few for three processes
-CONFIG = {"channels": 1, "classes": LinesAndCircles.classes, "width": 2, "depth": 2, "dropout": 0.0, "comm_channels": 4,
-          "dilations": [1, 2], "recompute": False, "mean": [0.5], "std": [2.0], "amp": False,
-          "freeze_batch_norm": 1.0, "image_size": (32, 64), "grid": (2, 2), "overlap": 0}
-
 pytestmark = pytest.mark.usefixtures("no_pictures")
 
 
-def start(config: dict):
+# An epoch of three processes
+
+COUNT = 3  # processes
+IMAGES, BATCH = 7, 5  # the last batch has 2 images: too few for three processes
+SIZE = (32, 64)
+PARTS = [1.0, 0.5]  # of the steps, after which batch norm is frozen: never, and after the first of the two
+
+
+class Training:
     """The images, the same batches every time, and the network with its optimizer before the first step."""
-    data = LinesAndCircles(IMAGES, size=(32, 64), grid=(1, 2))
-    batches = BatchSampler(RandomSampler(data, generator=torch.Generator().manual_seed(1)), BATCH, drop_last=False)
-    torch.manual_seed(0)
-    model = build_from_config(config)
-    optimizer = torch.optim.Adam(model.parameters(), fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.01, len(batches), anneal_strategy="linear")
-    freeze_after = config["freeze_batch_norm"] * len(batches)
-    return data, batches, model, optimizer, schedule, freeze_after
+
+    def __init__(self, part: float):
+        torch.manual_seed(0)
+        self.config = {**CONFIG, "width": 2, "comm_channels": 4, "recompute": True, "image_size": SIZE, "grid": (2, 2),
+                       "overlap": 0}
+        self.data = LinesAndCircles(IMAGES, SIZE, (1, 2))
+        order = torch.Generator().manual_seed(1)
+        self.batches = BatchSampler(RandomSampler(self.data, generator=order), BATCH, drop_last=False)
+        self.model = build_from_config(self.config)
+        self.optimizer = torch.optim.Adam(self.model.parameters(), fused=True)
+        self.schedule = torch.optim.lr_scheduler.OneCycleLR(self.optimizer, 0.01, len(self.batches),
+                                                            anneal_strategy="linear")
+        self.freeze_after = part * len(self.batches)
+
+    def result(self, loss: float, images) -> list:
+        """What is compared. loss: the mean of the epoch; images: those that this process evaluates."""
+        scores = train.evaluate(self.model, DataLoader(images), self.config, [CPU])
+        return [loss, scores, gradients_of(self.model), self.model.state_dict()]
 
 
-def one_of_many(rank: int, count: int, folder: str, config: dict):
-    """Process `rank`: an epoch and an evaluation. Leaves what came out in the file `folder`/`rank`."""
+def train_as_one_of_many(rank: int, part: float) -> list:
+    """An epoch and an evaluation of process `rank`, with what train.py uses."""
+    training = Training(part)
+    loader = DataLoader(training.data, batch_sampler=processes.Shares(training.batches))
+    parallel = processes.parallel(training.model)
+    loss = train.train_epoch(parallel, loader, training.optimizer, training.schedule, training.config, [CPU],
+                             training.freeze_after)
+    share = Subset(training.data, range(rank, IMAGES, COUNT))
+    return training.result(loss, share)
+
+
+def one_of_many(rank: int, folder: str):
+    """Process `rank`. Leaves what came out in files of `folder`, and at the end what the first process told it."""
     torch.set_default_dtype(torch.float64)
     torch.Tensor.float = torch.Tensor.double  # the sums of the loss, else in float32
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=count)
-    data, batches, model, optimizer, schedule, freeze_after = start(config)
-    loader = DataLoader(data, batch_sampler=processes.Shares(batches))
-    loss = train.train_epoch(processes.parallel(model), loader, optimizer, schedule, config, CPU, freeze_after)
-    measured = train.evaluate(model, DataLoader(Subset(data, range(rank, IMAGES, count))), config, CPU)
-    gradients = [weight.grad for weight in model.parameters()]
-    torch.save([loss, measured, gradients, model.state_dict()], f"{folder}/{rank}")
-    assert processes.from_first(int, rank) == 0
-    with pytest.raises(ValueError if rank == 0 else SystemExit):  # the first says why, the others end
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=COUNT)
+    for part in PARTS:
+        torch.save(train_as_one_of_many(rank, part), f"{folder}/{part}-{rank}")
+    told = [processes.from_first(int, rank)]
+    try:
         processes.from_first(int, "no number")
+    except ValueError:
+        told.append("ValueError")
+    except SystemExit:
+        told.append("SystemExit")
+    torch.save(told, f"{folder}/told-{rank}")
     dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def results_of_processes(tmp_path_factory):
+    """The folder of what the processes have left. It takes longer to start them than to train."""
+    folder = tmp_path_factory.mktemp("processes")
+    torch.multiprocessing.spawn(one_of_many, (str(folder),), nprocs=COUNT)
+    return folder
 
 
 def average(models: list):
@@ -70,86 +102,131 @@ def average(models: list):
             buffer.copy_(mean)
 
 
-def many_by_hand(count: int, config: dict):
+def copies_with_the_same_weights(model) -> list:
+    """Models that share their weights with this one, each with running statistics of its own."""
+    copies = []
+    for _ in range(COUNT):
+        not_copied = {id(weight): weight for weight in model.parameters()}
+        copies.append(copy.deepcopy(model, not_copied).train())
+    return copies
+
+
+def share_of_batch(data, batch: list[int], rank: int):
+    """Images and masks of a process. One that is left without an image has one that does not count."""
+    mine = batch[rank::COUNT]
+    if not mine:
+        mine = batch[:1]
+    images = torch.stack([data[i][0] for i in mine])
+    masks = torch.stack([data[i][1] for i in mine])
+    if rank >= len(batch):
+        masks[:] = IGNORE
+    return images, masks
+
+
+def sums_by_hand(model, images, masks, config):
+    """The sums of the loss over all tiles."""
+    tiling = Tiling(SIZE, (2, 2), cell=4)
+    mask_tiles = tiling.split(masks)
+
+    def finish(i, logits):
+        return loss_sums(logits, mask_tiles[i])
+
+    return sum(train.run_tiles(model, images, tiling, [CPU], config, finish))
+
+
+def train_by_hand(part: float) -> list:
     """The same in one process: the same weights, and for every process its own running statistics."""
-    data, batches, trained, optimizer, schedule, freeze_after = start(config)
-    shared = {id(weight): weight for weight in trained.parameters()}
-    models = [copy.deepcopy(trained, dict(shared)).train() for _ in range(count)]
-    tiling = Tiling((32, 64), (2, 2), 4)
+    training = Training(part)
+    models = copies_with_the_same_weights(training.model)
     losses = []
-    for step, batch in enumerate(batches):
-        if step == freeze_after:
+    for step, batch in enumerate(training.batches):
+        if step == training.freeze_after:
             average(models)
             for model in models:
                 train.set_training_mode(model, frozen=True)
         sums = 0
         for rank, model in enumerate(models):
-            images, masks = map(torch.stack, zip(*(data[i] for i in batch[rank::count] or batch[:1])))
-            if rank >= len(batch):
-                masks[:] = IGNORE
-            masks = tiling.split(masks)
-
-            def finish(i, logits, masks=masks):
-                return loss_sums(logits, masks[i])
-
-            sums += sum(train.run_tiles(model, images, tiling, CPU, config, finish))
+            images, masks = share_of_batch(training.data, batch, rank)
+            sums += sums_by_hand(model, images, masks, training.config)
         loss = loss_from_sums(sums)
-        optimizer.zero_grad()
+        training.optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
+        torch.nn.utils.clip_grad_norm_(training.model.parameters(), 1.0)
+        training.optimizer.step()
+        training.schedule.step()
         losses.append(loss.item())
     average(models)
-    trained.load_state_dict(models[0].state_dict())
-    measured = train.evaluate(trained, DataLoader(data), config, CPU)
-    return [sum(losses) / len(losses), measured, [weight.grad for weight in trained.parameters()], trained.state_dict()]
+    training.model.load_state_dict(models[0].state_dict())
+    return training.result(sum(losses) / len(losses), training.data)
 
 
-@pytest.mark.parametrize("part", [1.0, 0.5])
-def test_many_processes_learn_and_measure_what_one_does(part, tmp_path, in_float64, count=3):
-    config = CONFIG | {"recompute": True, "freeze_batch_norm": part}
-    torch.multiprocessing.spawn(one_of_many, (count, str(tmp_path), config), nprocs=count)
-    expected = many_by_hand(count, config)
-    for rank in range(count):
-        torch.testing.assert_close(torch.load(tmp_path / str(rank)), expected, rtol=1e-10, atol=1e-10)
+@pytest.mark.parametrize("part", PARTS)
+def test_many_processes_learn_and_measure_what_one_does(part, results_of_processes, in_float64):
+    expected = train_by_hand(part)
+    for rank in range(COUNT):
+        result = torch.load(results_of_processes / f"{part}-{rank}")
+        torch.testing.assert_close(result, expected, rtol=1e-10, atol=1e-10)
 
+
+def test_what_the_first_process_finds_is_told_to_all_and_if_it_fails_the_others_end(results_of_processes):
+    assert torch.load(results_of_processes / "told-0") == [0, "ValueError"]  # the first says why
+    for rank in (1, 2):
+        assert torch.load(results_of_processes / f"told-{rank}") == [0, "SystemExit"]
+
+
+# A process that dies
 
 OPTIONS = "--width 2 --depth 2 --comm-channels 4 --train-images 64 --epochs 8 --batch-size 8 --dropout 0.1".split()
 
 
-def torchrun(out, *options) -> subprocess.Popen:
-    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # see the README
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *options,
-               ROOT / "train.py", *OPTIONS, "--out", out]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def start_torchrun(out) -> subprocess.Popen:
+    """Two processes of train.py, which torchrun starts again once."""
+    command = [sys.executable, "-m", "torch.distributed.run"]
+    command += "--standalone --nproc-per-node 2 --max-restarts 1".split()
+    command += [str(ROOT / "train.py")] + OPTIONS + ["--out", str(out)]
+    environment = {**os.environ, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}  # see the README
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def kill_one(run: subprocess.Popen, out, epoch: int):
-    """Kills one of the two processes after an epoch."""
-    while run.poll() is None and not (out / "log.csv").exists() or len((out / "log.csv").read_text().splitlines()) <= epoch:
+def wait_for_epoch(run: subprocess.Popen, out, epoch: int):
+    """Until log.csv has a row of this epoch, or all have ended."""
+    log = out / "log.csv"
+    while run.poll() is None:
+        if log.exists() and len(log.read_text().splitlines()) > epoch:  # the first line is the header
+            return
         time.sleep(0.01)
+
+
+def kill_one_process(run: subprocess.Popen):
+    """Kills one of those that torchrun has started."""
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):  # one that has just ended
-            parent = (folder / "stat").read_text().rpartition(")")[2].split()[1]
+            _, _, after_name = (folder / "stat").read_text().rpartition(")")
+            parent = after_name.split()[1]
             if parent == str(run.pid) and b"train.py" in (folder / "cmdline").read_bytes():
-                return os.kill(int(folder.name), signal.SIGKILL)
+                os.kill(int(folder.name), signal.SIGKILL)
+                return
 
 
-def epochs(out) -> list[int]:
+def epochs_done(out) -> list[int]:
     return [row["epoch"] for row in checkpoints.load(out / "last.pt")["rows"]]
 
 
 def test_when_a_process_dies_torchrun_goes_on_once_and_the_second_time_all_end_and_one_alone_goes_on(tmp_path):
     out = tmp_path / "run"
-    run = torchrun(out, "--max-restarts", "1")
-    kill_one(run, out, epoch=1)
-    kill_one(run, out, epoch=3)
-    killed = time.perf_counter()
+    run = start_torchrun(out)
+    wait_for_epoch(run, out, 1)
+    kill_one_process(run)
+    wait_for_epoch(run, out, 3)
+    kill_one_process(run)
     said, complained = run.communicate(timeout=60)
-    assert run.returncode != 0 and time.perf_counter() - killed < 60
-    assert said.count("process 1 of 2: 2x2 tiles on cpu") == 2 and re.search("[1-3] of 8 epochs are done", said)
-    assert complained.count("Traceback") == 1 and "ChildFailedError" in complained  # the only one is torchrun's own
-    assert 3 <= len(epochs(out)) < 8
+    assert run.returncode != 0
+    assert said.count("process 1 of 2: 2x2 tiles on cpu") == 2
+    assert re.search("[1-3] of 8 epochs are done", said)
+    assert complained.count("Traceback") == 1  # torchrun's own
+    assert "ChildFailedError" in complained
+    assert 3 <= len(epochs_done(out)) < 8
+
     train.main(["--resume", str(out)])
-    assert epochs(out) == [1, 2, 3, 4, 5, 6, 7, 8] and (out / "metrics.json").exists()
+    assert epochs_done(out) == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert (out / "metrics.json").exists()
