@@ -321,7 +321,8 @@ def to_device(tile: Tensor, device: torch.device) -> Tensor:
     """A tile on its device. Copies from the CPU to a GPU go through pinned memory, so that the loop need not wait for one
     GPU before it gives work to the next."""
     if device.type == "cuda" and tile.device.type == "cpu":
-        tile = tile.contiguous().pin_memory()
+        pinned = torch.empty_like(tile, pin_memory=True)  # in the tile's own order, so this is the only copy
+        tile = pinned.copy_(tile)
     return tile.to(device, non_blocking=True)
 
 

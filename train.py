@@ -25,8 +25,9 @@ from torch import Tensor, nn
 from decompose import DecomposedUNet, Tiling, to_device
 from support import processes
 from support.command import one_line_errors, prepare_run
-from support.datasets import build_datasets, ignore_surplus_images, make_loaders
+from support.datasets import build_datasets
 from support.image_files import normalise
+from support.loaders import ignore_surplus_images, make_loaders
 from support.loss import IGNORE, loss_from_sums, loss_sums, number_of_sums
 from support.model import build_from_config
 from support.options import make_parser, show_progress
@@ -136,18 +137,20 @@ def train_epoch(model: nn.Module, loader, optimizer, schedule, config: dict, dev
         losses.append(loss)
         steps_done += 1
         if len(losses) % 50 == 0 or len(losses) == len(loader):  # seldom, as to look at a loss is to wait for the GPUs
-            check_losses(losses, epoch=math.ceil(steps_done / len(loader)))
+            check_losses(losses[-50:], steps_done, len(loader))
         show_progress(f"step {len(losses)} of {len(loader)}")
     if not frozen:
         processes.average_buffers(model)
     return torch.stack(losses).mean().item()
 
 
-def check_losses(losses: list[Tensor], epoch: int):
+def check_losses(losses: list[Tensor], steps_done: int, steps_per_epoch: int):
+    """Diverged: one of the losses of the last steps is nan or infinite."""
     values = torch.stack(losses).tolist()
-    for step, loss in enumerate(values, start=1):
+    for step, loss in enumerate(values, start=steps_done - len(losses)):  # numbered from 0
         if not math.isfinite(loss):
-            raise Diverged(f"the loss became {loss} at step {step} of epoch {epoch}")
+            epoch, step_of_epoch = divmod(step, steps_per_epoch)
+            raise Diverged(f"the loss became {loss} at step {step_of_epoch + 1} of epoch {epoch + 1}")
 
 
 # Validation
@@ -231,13 +234,15 @@ def train(config: dict, devices: list, out: Path, state: dict | None = None) -> 
     run.begin(state)
     for epoch in range(run.epochs_done() + 1, config["epochs"] + 1):
         processes.seed(config["seed"], epoch)
+        datasets["train"].epoch = epoch  # its crops and flips are others in every epoch
         started = time.perf_counter()
         learning_rate = schedule.get_last_lr()[0]
         loss = train_epoch(parallel, loaders["train"], optimizer, schedule, config, devices, freeze_after)
         train_seconds = time.perf_counter() - started
         validation = evaluate(model, loaders["val"], config, devices)
         seconds = time.perf_counter() - started
-        run.end_epoch(epoch, loss, validation, learning_rate, train_seconds, seconds)
+        waited = loaders["train"].seconds_waited
+        run.end_epoch(epoch, loss, validation, learning_rate, train_seconds, waited, seconds)
 
     # The best epoch on images that it has never seen
     if config["epochs"] == 0:  # the network as it was drawn

@@ -46,6 +46,7 @@ def open_run(out: Path) -> tuple[dict, Path, dict]:
     state = checkpoints.load(path, STATE)
     _, config = load_model(path)
     config.setdefault("freeze_batch_norm", 1.0)  # a run that was begun before there was this option
+    config.setdefault("workers", None)
     return config, out, state
 
 
@@ -53,7 +54,7 @@ def check_same(asked: dict, config: dict, out: Path):
     """After a restart by torchrun --max-restarts all options are given again. DataError: they are those of another run."""
     other = []
     for name, value in asked.items():
-        if name in ("resume", "out") or (name == "image_size" and config["dataset"] != "synthetic"):
+        if name in ("resume", "out", "workers") or (name == "image_size" and config["dataset"] != "synthetic"):
             continue
         if value != config[name]:
             other.append(name)

@@ -1,16 +1,12 @@
-"""Which images there are, what the network has to know of them, and in which batches they come."""
+"""Which images there are, and what the network has to know of them."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
-import torch
-from torch import Tensor
-from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, Subset, default_collate
+from torch.utils.data import Dataset
 
-from support import processes
 from support.image_files import DataError
 from support.image_folder import SPLITS, class_names, open_folder
-from support.loss import IGNORE
 from support.sizes import check_sizes
 from support.survey import survey
 from synthetic import LinesAndCircles
@@ -72,37 +68,3 @@ def describe_synthetic(config: dict) -> dict:
         "std": [1.0],
         "image_size": size,
     }
-
-
-def make_loaders(datasets: dict[str, Dataset], config: dict, order: torch.Generator) -> dict[str, DataLoader]:
-    """The batches of each split, for this process. order: shuffles the training images."""
-    batch_size = config["batch_size"]
-    shuffled = RandomSampler(datasets["train"], generator=order)
-    shares = processes.Shares(BatchSampler(shuffled, batch_size, drop_last=False))
-    loaders = {"train": DataLoader(datasets["train"], batch_sampler=shares, generator=order, collate_fn=collate)}
-    if config["dataset"] != "synthetic":
-        batch_size = 1  # images to evaluate may have several sizes
-    for split in ("val", "test"):
-        images = datasets[split]
-        mine = Subset(images, range(processes.rank(), len(images), processes.world_size()))
-        loaders[split] = DataLoader(mine, batch_size, generator=order, collate_fn=collate)
-    return loaders
-
-
-def collate(pairs: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
-    """A batch of images and one of masks. A batch of one is a view: an image that is mapped into memory is not read."""
-    if len(pairs) == 1:
-        image, mask = pairs[0]
-        return [image[None], mask[None]]
-    return default_collate(pairs)
-
-
-def ignore_surplus_images(loader: DataLoader) -> Iterator[tuple[Tensor, Tensor]]:
-    """The batches of training images. Where a batch has fewer images than there are processes, those without an image of
-    their own take part with an image that does not count: all of its mask is IGNORE."""
-    images_left = len(loader.dataset)
-    for images, masks in loader:
-        if processes.rank() >= images_left:
-            masks = torch.full_like(masks, IGNORE)
-        images_left -= loader.batch_sampler.batches.batch_size
-        yield images, masks

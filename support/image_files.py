@@ -137,7 +137,7 @@ def normalise(tile: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tens
     mean, std: of each channel of the training images, where white is 1. Tiles travel as they are stored, which for a
     photograph is a quarter of the bytes, and are normalised on their device.
     """
-    x = tile.to(torch.get_default_dtype(), memory_format=torch.contiguous_format) / white(tile)
+    x = tile.to(torch.get_default_dtype()) / white(tile)
     for channel in range(x.shape[1]):
         x[:, channel] = (x[:, channel] - mean[channel]) / std[channel]
     return x

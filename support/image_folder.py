@@ -144,16 +144,19 @@ def class_names(root: Path, deepglobe: bool) -> list[str] | None:
 class ImageFolder(Dataset):
     """Pairs of an image (C,H,W) and a mask (H,W), both as stored, class indices in uint8.
 
-    crop: (height, width) of a window, somewhere else each time. augment: flips, and quarter turns of square images; for
-    that a mapped image is read, or of a window only the window. Both draw from torch's global generator.
+    crop: (height, width) of a window, somewhere else in each epoch. augment: flips, and quarter turns of square images;
+    for that a mapped image is read, or of a window only the window. What is drawn for image i depends on `seed`, on
+    `epoch` and on i alone, so it does not matter which process reads it, or when.
     """
 
     def __init__(self, pairs: list[Pair], read_mask: Callable = read_mask, crop: tuple[int, int] | None = None,
-                 augment: bool = False):
+                 augment: bool = False, seed: int = 0):
         self.pairs = pairs
         self.read_mask = read_mask
         self.crop = crop
         self.augment = augment
+        self.seed = seed
+        self.epoch = 0
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -162,21 +165,22 @@ class ImageFolder(Dataset):
         image_path, mask_path = self.pairs[i]
         image = read_image(image_path)
         mask = self.read_mask(mask_path)
+        rng = np.random.default_rng((self.seed, self.epoch, i))
         if self.crop is not None:
             height, width = self.crop
-            top = torch.randint(mask.shape[0] - height + 1, ()).item()
-            left = torch.randint(mask.shape[1] - width + 1, ()).item()
+            top = rng.integers(mask.shape[0] - height + 1)
+            left = rng.integers(mask.shape[1] - width + 1)
             image = image[top:top + height, left:left + width]
             mask = mask[top:top + height, left:left + width]
         if self.augment:
-            image, mask = flip_and_turn(image, mask)
+            image, mask = flip_and_turn(image, mask, rng)
         mask = mask.astype(np.uint8, copy=False)
         return torch.from_numpy(image).permute(2, 0, 1), torch.from_numpy(mask)
 
 
-def flip_and_turn(image: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def flip_and_turn(image: np.ndarray, mask: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """An image (H,W,C) and its mask (H,W), both upside down, mirrored and turned, each with a chance of one half."""
-    upside_down, mirrored, turned = torch.randint(2, (3,)).tolist()
+    upside_down, mirrored, turned = rng.integers(2, size=3)
     if upside_down:
         image, mask = image[::-1], mask[::-1]
     if mirrored:
@@ -194,7 +198,7 @@ def open_folder(root: Path, deepglobe: bool, seed: int, crop: tuple[int, int] | 
     else:
         pairs, reader = find_pairs(root, seed), read_mask
     return {
-        "train": ImageFolder(pairs["train"], reader, crop, augment),
+        "train": ImageFolder(pairs["train"], reader, crop, augment, seed),
         "val": ImageFolder(pairs["val"], reader),
         "test": ImageFolder(pairs["test"], reader),
     }

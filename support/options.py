@@ -87,6 +87,8 @@ def make_parser(description: str) -> Parser:
            "time (default: whole images)")
     option("--augment", action=argparse.BooleanOptionalAction, default=True, help="flip images from a folder at random, "
            "and turn square ones")
+    option("--workers", type=number(0, largest=LARGE), default=None, metavar="N", help="processes that read images ahead, "
+           "for each process that trains (default: for pictures one for each CPU core, at most 4; else 0)")
     option("--gpus", type=number(1, largest=LARGE), default=unset, help="GPUs to use (default: all there are)")
     option("--grid", type=pair, default=unset, metavar="RxQ", help="rows x columns of tiles (default: 2x2 for up to 4 "
            "GPUs, else one or two tiles for each, as square as can be)")

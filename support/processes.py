@@ -52,9 +52,14 @@ def is_first() -> bool:
     return rank() == 0
 
 
+def local_world_size() -> int:
+    """The number of processes on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
 def gpus_each() -> int:
     """How many GPUs of this machine each of its processes can have."""
-    return torch.cuda.device_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return torch.cuda.device_count() // local_world_size()
 
 
 def find_devices(gpus: int, tiles: str) -> list[torch.device]:

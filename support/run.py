@@ -69,6 +69,8 @@ class Run:
         total_steps = self.schedule.total_steps
         try:
             self.rows = state["rows"]
+            for row in self.rows:
+                row.setdefault("seconds_waited", 0.0)  # a run that was begun before this was measured
             self.best = state["best"]
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
@@ -109,8 +111,11 @@ class Run:
         self.model.load_state_dict(state["model"])
 
     def end_epoch(self, epoch: int, loss: float, validation: dict, learning_rate: float, train_seconds: float,
-                  seconds: float):
-        """Saves the run as it is after an epoch, and prints a row. Diverged: the validation loss is nan or infinite."""
+                  seconds_waited: float, seconds: float):
+        """Saves the run as it is after an epoch, and prints a row. Diverged: the validation loss is nan or infinite.
+
+        train_seconds: without validation; seconds_waited: for images, among these; seconds: of the whole epoch.
+        """
         if not torch.tensor(validation["loss"]).isfinite():
             raise Diverged(f"the loss became {validation['loss']} at the end of epoch {epoch}")
         self.keep_best(validation)
@@ -118,7 +123,7 @@ class Run:
         for name, score in validation["iou"].items():
             row[f"val_iou_{name}"] = score
         row |= {"val_mean_iou": validation["mean_iou"], "learning_rate": learning_rate, "train_seconds": train_seconds,
-                "seconds": seconds}
+                "seconds_waited": seconds_waited, "seconds": seconds}
         self.rows.append(row)
         self.save(self.out / "last.pt", self.state())
         self.write_log()
@@ -144,6 +149,8 @@ class Run:
             "config": self.config,
             "parameters": sum(weight.numel() for weight in self.model.parameters()),
             "seconds_per_step": per_step,
+            "train_seconds": sum(seconds),
+            "seconds_waited": sum(row["seconds_waited"] for row in self.rows),
             "val": self.best,
             **metrics,
             "seconds": time.perf_counter() - self.started,
@@ -173,6 +180,8 @@ class Run:
         print(f"  {'mean':12} {metrics['test']['mean_iou']:.4f}")
         loss = metrics["loss_of_training_images"]
         print(compare_losses(loss["training_mode"], loss["evaluation_mode"], self.config["freeze_batch_norm"]))
+        if metrics["seconds_waited"] > 0.1 * metrics["train_seconds"]:
+            print(waiting_line(metrics["seconds_waited"], metrics["train_seconds"]))
         if processes.is_first():
             names = sorted(path.name for path in self.out.iterdir())
             print(f"See {self.out}: {', '.join(names)}")
@@ -186,3 +195,8 @@ def compare_losses(trained: float, used: float, freeze_batch_norm: float) -> str
         line += ("; they should be alike, but batch norm has not learned the statistics that it uses: take a smaller "
                  f"--freeze-batch-norm than {freeze_batch_norm:g}, more --epochs, or a larger --batch-size")
     return line
+
+
+def waiting_line(seconds_waited: float, train_seconds: float) -> str:
+    return (f"training waited {100 * seconds_waited / train_seconds:.0f} % of its time for images; more --workers read "
+            "them sooner, and with --crop, .npy files are read much faster than pictures (docs/own-images.md)")

@@ -11,7 +11,7 @@ from conftest import CPU
 import plan
 import train
 from comm_net import CommNet
-from experiments import benchmark, comm_channels, control, deepglobe, generalise, idea, memory, norm, qualitative, reach
+from experiments import benchmark, comm_channels, control, deepglobe, generalise, idea, loading, memory, norm, qualitative, reach
 from experiments.common import read_rows
 from support import processes
 
@@ -111,6 +111,15 @@ def test_processes_exchange_their_gradients_once_and_the_sums_of_the_loss(folder
     (row,) = read_rows(folder / "runs/distributed-quick/distributed.csv")
     assert row["processes"] == 2
     assert row["bytes_sent"] - row["bytes_of_weights"] == 32  # 8 sums of 4 bytes
+
+
+# Those of the loaders
+
+def test_waiting_is_measured_for_each_number_of_workers(folder):
+    loading.main(["--quick"])
+    lines = (folder / "runs/loading-quick/loading.md").read_text().splitlines()
+    workers = [line.split("|")[1].strip() for line in lines]
+    assert workers == ["workers", "---", "0", "1", "2"]
 
 
 # Those that add to a file of results

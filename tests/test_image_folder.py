@@ -329,7 +329,7 @@ def test_crops_and_turns_keep_image_and_mask_together(matching_pair):
     different = set()
     for size in ((8, 8), (6, 10)):
         data = ImageFolder([matching_pair], crop=size, augment=True)
-        for _ in range(40):
+        for data.epoch in range(40):
             image, mask = data[0]
             assert image[0].shape == size
             assert torch.equal(image[0] // 100, mask)
@@ -340,7 +340,7 @@ def test_crops_and_turns_keep_image_and_mask_together(matching_pair):
 def test_a_whole_image_is_flipped_in_all_four_ways(matching_pair):
     data = ImageFolder([matching_pair], augment=True)
     seen = set()
-    for _ in range(40):
+    for data.epoch in range(40):
         image, _ = data[0]
         seen.add(image.numpy().tobytes())
     upside_down = GREY[::-1]

@@ -87,7 +87,7 @@ def log_without_times(out) -> list:
     rows = []
     with open(out / "log.csv") as file:
         for row in csv.DictReader(file):
-            del row["train_seconds"], row["seconds"]
+            del row["train_seconds"], row["seconds_waited"], row["seconds"]
             rows.append(row)
     return rows
 

@@ -52,7 +52,8 @@ def test_a_run_leaves_its_files(finished):
 def test_the_metrics_of_a_run(finished):
     metrics = finished.metrics
     assert set(metrics) == {
-        "config", "parameters", "seconds", "seconds_per_step", "peak_mib", "val", "test", "loss_of_training_images"}
+        "config", "parameters", "seconds", "seconds_per_step", "train_seconds", "seconds_waited", "peak_mib", "val", "test",
+        "loss_of_training_images"}
     assert metrics["config"]["image_size"] == [64, 64]
     assert metrics["config"]["grid"] == [2, 2]
     assert set(metrics["test"]["iou"]) == {"background", "line", "circle"}

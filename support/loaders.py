@@ -1,0 +1,103 @@
+"""In which batches the images come, and who reads them: worker processes, so that the training step need not wait.
+
+Which image is in which batch, and how it is cropped and flipped, depends on the seed, the epoch and the image alone. The
+number of workers and the number of processes change nothing.
+"""
+
+import os
+import time
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, Subset, default_collate
+
+from support import processes
+from support.image_files import DataError
+from support.loss import IGNORE
+
+MOST_WORKERS = 4  # by default: each holds a few batches in memory
+
+
+class Loader(DataLoader):
+    """PyTorch's loader, which also measures how long its user waits.
+
+    seconds_waited: for the batches of the last pass, or of the current one so far.
+    DataError: an image cannot be read, or a worker has died.
+    """
+
+    seconds_waited = 0.0
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        self.seconds_waited = 0.0
+        started = time.perf_counter()
+        batches = super().__iter__()
+        batch = next_batch(batches)
+        while batch is not None:
+            self.seconds_waited += time.perf_counter() - started
+            yield batch
+            started = time.perf_counter()
+            batch = next_batch(batches)
+
+
+def next_batch(batches: Iterator) -> tuple[Tensor, Tensor] | None:
+    """The next batch, or None after the last one. DataError as above."""
+    try:
+        return next(batches, None)
+    except DataError as error:
+        *_, last_line = str(error).splitlines()  # before it, PyTorch puts the traceback of the worker
+        raise DataError(last_line.removeprefix("support.image_files.DataError: ")) from None
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise DataError("a process that reads images has died, perhaps as the memory, or its shared part in /dev/shm, is "
+                        "full; take fewer --workers, or 0") from None
+
+
+def make_loaders(datasets: dict[str, Dataset], config: dict, order: torch.Generator) -> dict[str, Loader]:
+    """The batches of each split, for this process. order: shuffles the training images."""
+    batch_size = config["batch_size"]
+    options = {"generator": order, "collate_fn": collate, "num_workers": number_of_workers(config, datasets["train"])}
+    shuffled = RandomSampler(datasets["train"], generator=order)
+    shares = processes.Shares(BatchSampler(shuffled, batch_size, drop_last=False))
+    loaders = {"train": Loader(datasets["train"], batch_sampler=shares, **options)}
+    if config["dataset"] != "synthetic":
+        batch_size = 1  # images to evaluate may have several sizes
+    for split in ("val", "test"):
+        images = datasets[split]
+        mine = Subset(images, range(processes.rank(), len(images), processes.world_size()))
+        loaders[split] = Loader(mine, batch_size, **options)
+    return loaders
+
+
+def number_of_workers(config: dict, dataset: Dataset) -> int:
+    """As --workers says. By default none for synthetic images, which are made in no time, and none for whole arrays, of
+    which only the tile at hand is read as long as no worker reads them. For pictures, one for each CPU core of this
+    process, but at most MOST_WORKERS."""
+    if config["workers"] is not None:
+        return config["workers"]
+    if config["dataset"] == "synthetic":
+        return 0
+    first_image, _ = dataset.pairs[0]
+    if first_image.suffix.lower() == ".npy" and not config["crop"]:
+        return 0
+    return min(max(os.cpu_count() // processes.local_world_size(), 1), MOST_WORKERS)
+
+
+def collate(pairs: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
+    """A batch of images and one of masks. A batch of one is a view: an image that is mapped into memory is not read."""
+    if len(pairs) == 1:
+        image, mask = pairs[0]
+        return [image[None], mask[None]]
+    return default_collate(pairs)
+
+
+def ignore_surplus_images(loader: DataLoader) -> Iterator[tuple[Tensor, Tensor]]:
+    """The batches of training images. Where a batch has fewer images than there are processes, those without an image of
+    their own take part with an image that does not count: all of its mask is IGNORE."""
+    images_left = len(loader.dataset)
+    for images, masks in loader:
+        if processes.rank() >= images_left:
+            masks = torch.full_like(masks, IGNORE)
+        images_left -= loader.batch_sampler.batches.batch_size
+        yield images, masks

@@ -1,0 +1,205 @@
+"""Which batches a loader gives, whoever reads the images."""
+
+import csv
+import json
+import os
+import time
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import Dataset
+
+import train
+from support import loaders, processes
+from support.image_files import DataError
+from support.image_folder import open_folder
+from support.loaders import Loader, make_loaders, number_of_workers
+from support.run import waiting_line
+
+CONFIG = {"dataset": "folder", "batch_size": 4, "crop": (8, 8), "workers": 0}
+
+
+@pytest.fixture
+def data(tmp_path):
+    """A folder of twelve images of noise and their masks."""
+    rng = np.random.default_rng(0)
+    images = tmp_path / "data/train/images"
+    masks = tmp_path / "data/train/masks"
+    images.mkdir(parents=True)
+    masks.mkdir()
+    for i in range(12):
+        noise = rng.integers(256, size=(16, 16), dtype=np.uint8)
+        Image.fromarray(noise).save(images / f"{i}.png")
+        Image.fromarray(noise // 128).save(masks / f"{i}.png")
+    return tmp_path / "data"
+
+
+def training_images(data, workers=0, epoch=1) -> list[torch.Tensor]:
+    """The images (C,H,W) that a process gets in an epoch, cropped and flipped, in their order."""
+    datasets = open_folder(data, deepglobe=False, seed=5, crop=(8, 8), augment=True)
+    datasets["train"].epoch = epoch
+    order = torch.Generator().manual_seed(5)
+    loader = make_loaders(datasets, {**CONFIG, "workers": workers}, order)["train"]
+    images = []
+    for batch, _ in loader:
+        images += batch
+    return images
+
+
+def as_bytes(images) -> list[bytes]:
+    return [image.numpy().tobytes() for image in images]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_any_number_of_workers_gives_the_same_crops_and_flips_in_the_same_order(workers, data):
+    expected = as_bytes(training_images(data))
+    assert len(expected) == 10
+    assert as_bytes(training_images(data, workers)) == expected
+
+
+def test_every_epoch_has_other_crops_and_flips(data):
+    first = as_bytes(training_images(data, epoch=1))
+    second = as_bytes(training_images(data, epoch=2))
+    assert not set(first) & set(second)
+
+
+def test_two_processes_share_out_the_images_that_one_has(data, monkeypatch):
+    expected = as_bytes(training_images(data))
+    seen = []
+    for rank in (0, 1):
+        monkeypatch.setattr(processes, "world_size", lambda: 2)
+        monkeypatch.setattr(processes, "rank", lambda: rank)
+        seen += as_bytes(training_images(data))
+    assert sorted(seen) == sorted(expected)
+
+
+def test_a_loader_draws_as_much_from_its_generator_with_workers_as_without(data):
+    states = []
+    for workers in (0, 2):
+        datasets = open_folder(data, deepglobe=False, seed=5, crop=(8, 8))
+        order = torch.Generator().manual_seed(5)
+        for loader in make_loaders(datasets, {**CONFIG, "workers": workers}, order).values():
+            list(loader)
+        states.append(order.get_state())
+    assert torch.equal(states[0], states[1])
+
+
+def test_a_run_with_workers_is_a_run_without(data, tmp_path, no_pictures):
+    options = ["--dataset", "folder", "--data", str(data), "--crop", "8", "--grid", "1x2", "--epochs", "2", "--no-amp"]
+    options += "--width 2 --depth 1 --comm-channels 2 --dilations 1 --batch-size 4".split()
+    losses = []
+    for workers in ("0", "2"):
+        out = tmp_path / workers
+        train.main(options + ["--workers", workers, "--out", str(out)])
+        with open(out / "log.csv") as file:
+            rows = list(csv.DictReader(file))
+        losses.append([row["train_loss"] for row in rows])
+    assert losses[0] == losses[1]
+
+
+# What a worker cannot read
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_image_that_vanishes_during_training_is_one_line(workers, data):
+    datasets = open_folder(data, deepglobe=False, seed=5)
+    image, _ = datasets["train"].pairs[3]
+    image.unlink()
+    loader = make_loaders(datasets, {**CONFIG, "workers": workers}, torch.Generator())["train"]
+    with pytest.raises(DataError) as caught:
+        list(loader)
+    assert str(caught.value) == f"{image}: no such file; name a PNG, a JPEG or an .npy"
+
+
+class Dies(Dataset):
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, i):
+        os._exit(1)
+
+
+def test_a_worker_that_dies_is_one_line():
+    with pytest.raises(DataError, match="take fewer --workers, or 0") as caught:
+        list(Loader(Dies(), num_workers=1))
+    assert "\n" not in str(caught.value)
+
+
+# How many workers
+
+def test_pictures_and_windows_have_workers_and_whole_arrays_and_synthetic_images_have_none(data, monkeypatch):
+    monkeypatch.setattr(loaders.os, "cpu_count", lambda: 3)
+    pictures = open_folder(data, deepglobe=False, seed=0)["train"]
+    config = {**CONFIG, "workers": None, "crop": None}
+    assert number_of_workers(config, pictures) == 3
+    assert number_of_workers({**config, "workers": 7}, pictures) == 7
+    assert number_of_workers({**config, "dataset": "synthetic"}, None) == 0
+    for i, (image, mask) in enumerate(pictures.pairs):
+        array = image.with_suffix(".npy")
+        np.save(array, np.zeros((16, 16)))
+        pictures.pairs[i] = (array, mask)
+    assert number_of_workers(config, pictures) == 0
+    assert number_of_workers({**config, "crop": (8, 8)}, pictures) == 3
+
+
+def test_the_processes_of_a_machine_share_its_cores(data, monkeypatch):
+    pictures = open_folder(data, deepglobe=False, seed=0)["train"]
+    monkeypatch.setattr(loaders.os, "cpu_count", lambda: 6)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert number_of_workers({**CONFIG, "workers": None}, pictures) == 3
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "6")
+    assert number_of_workers({**CONFIG, "workers": None}, pictures) == 1
+
+
+# How long training waits
+
+class Clock:
+    """In place of time.perf_counter. An image takes 3 seconds, and who uses it takes 1."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Slow(Dataset):
+    def __init__(self, clock):
+        self.clock = clock
+
+    def __len__(self):
+        return 5
+
+    def __getitem__(self, i):
+        self.clock.now += 3
+        return torch.zeros(1), torch.zeros(1)
+
+
+def test_the_seconds_that_a_user_waits_are_counted_and_not_those_that_it_works(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(time, "perf_counter", clock)
+    loader = Loader(Slow(clock))
+    for _ in range(2):  # every pass counts anew
+        for _ in loader:
+            clock.now += 1
+        assert loader.seconds_waited == 15
+
+
+def test_a_run_says_how_long_it_waited(data, tmp_path, monkeypatch, no_pictures, capsys):
+    def says(share):
+        out = tmp_path / str(share)
+        monkeypatch.setattr(Loader, "seconds_waited", property(lambda loader: share, lambda loader, value: None))
+        train.main(["--dataset", "folder", "--data", str(data), "--width", "2", "--depth", "1", "--comm-channels", "0",
+                    "--epochs", "2", "--workers", "0", "--out", str(out)])
+        metrics = json.loads((out / "metrics.json").read_text())
+        assert metrics["seconds_waited"] == 2 * share
+        assert metrics["train_seconds"] > 0
+        return "of its time for images" in capsys.readouterr().out
+
+    assert says(1000.0)
+    assert not says(0.0)
+
+
+def test_the_line_about_waiting_tells_its_share():
+    assert waiting_line(3.0, 12.0).startswith("training waited 25 % of its time for images")
