@@ -183,22 +183,28 @@ class DecomposedUNet(nn.Module):
         placement: the device of each tile. A tile is moved there, and all that belongs to it is computed there.
         finish(i, logits): is called with the logits (B,L,h,w) of tile i, without overlap, on its device. What it returns
             (these logits, or the tile's share of a loss) is all that comes back.
-        prepare(tile): is called with each tile on its device, before it is encoded.
+        prepare(tile): is called with each tile on its device, before it is encoded; with recompute several times, so it
+            must draw no random numbers, and neither must finish.
         recompute: trade time for memory. Without it, the activations of all tiles are kept until the backward pass. With
             it, each tile is forgotten and computed again when it is needed, so a device holds the activations of one
             tile at a time, and one device also those of the communication network. Loss, gradients and running
-            statistics are the same, but for the channels that dropout draws.
+            statistics are the same.
         comm_device: where the communication network is computed; None: on the device of the first tile. With autocast,
             it must be of the same type as the devices of the tiles.
+        Dropout: each tile has seeds of its own, by its number in the tiling, and so has the communication network. They
+            are drawn from PyTorch's generator of the CPU. So which channels are left out depends neither on recompute nor
+            on which GPU computes what. But a CPU draws other channels than a GPU.
         ValueError: there is not one tile and one device for each tile of the tiling.
         """
         if not len(tiles) == len(placement) == len(tiling):
             raise ValueError(f"{len(tiles)} tiles and {len(placement)} devices, but the tiling has {len(tiling)} tiles")
         if comm_device is None:
             comm_device = placement[0]
-        encode = SharedModule(self.encoder, placement)
-        decode = SharedModule(self.decoder, placement)
-        communicate = SharedModule(self.comm_net, [comm_device]) if self.comm_net is not None else None
+        encode = SharedModule(self.encoder, placement, draw_seeds(len(tiling)))
+        decode = SharedModule(self.decoder, placement, draw_seeds(len(tiling)))
+        communicate = None
+        if self.comm_net is not None:
+            communicate = SharedModule(self.comm_net, [comm_device], draw_seeds(1))
 
         run = self.recomputed if recompute else self.remembered
         outputs = run(encode, decode, communicate, tiles, tiling, placement, finish, prepare)
@@ -265,18 +271,14 @@ class DecomposedUNet(nn.Module):
         and keeps only what `finish` returns. The backward pass calls both functions again, one tile after the other. The
         activations of the communication network are kept.
         """
-        seeds = draw_seeds(len(tiles))
-
         def encode_to_send(i):
-            with random_numbers_of(seeds[i], placement[i]):
-                _, coarse = encode(i, prepare(to_device(tiles[i], placement[i])))
-                return self.to_send(i, coarse, tiling)
+            _, coarse = encode(i, prepare(to_device(tiles[i], placement[i])))
+            return self.to_send(i, coarse, tiling)
 
         def encode_and_decode(i, received):
-            with random_numbers_of(seeds[i], placement[i]):
-                skips, coarse = encode(i, prepare(to_device(tiles[i], placement[i])))
-                logits = decode(i, skips, self.replace(coarse, received))
-                return finish(i, tiling.crop(i, logits))
+            skips, coarse = encode(i, prepare(to_device(tiles[i], placement[i])))
+            logits = decode(i, skips, self.replace(coarse, received))
+            return finish(i, tiling.crop(i, logits))
 
         sent = []
         if communicate is not None:
@@ -297,24 +299,29 @@ def forget(function: Callable, *inputs):
 
 
 def draw_seeds(number: int) -> list[int]:
-    """Seeds for the dropout of so many tiles."""
+    """Seeds for the dropout of so many tiles, by their number in the tiling."""
     return torch.randint(2**62, (number,)).tolist()
 
 
 @contextmanager
 def random_numbers_of(seed: int, device: torch.device):
     """Inside, dropout on the device draws the numbers that belong to a seed, so that a tile loses the same channels
-    however often it is computed. Outside, the random numbers go on as if nothing had been drawn."""
-    generator = torch.default_generator
-    if device.type == "cuda":
-        index = torch.cuda.current_device() if device.index is None else device.index
-        generator = torch.cuda.default_generators[index]
+    wherever and however often it is computed. Outside, the random numbers go on as if nothing had been drawn."""
+    generator = generator_of(device)
     state = generator.get_state()
     generator.manual_seed(seed)
     try:
         yield
     finally:
         generator.set_state(state)
+
+
+def generator_of(device: torch.device) -> torch.Generator:
+    """From which dropout on the device draws. Every GPU has its own, and torch.manual_seed gives all the same seed."""
+    if device.type == "cuda":
+        index = torch.cuda.current_device() if device.index is None else device.index
+        return torch.cuda.default_generators[index]
+    return torch.default_generator
 
 
 def to_device(tile: Tensor, device: torch.device) -> Tensor:
@@ -337,12 +344,15 @@ class SharedModule:
     (1 - m) * old + m * its own statistics, so the mean is (1 - m) * old + m * mean of the tiles' statistics.
     So neither the number of devices nor the order of the tiles changes the result, but for rounding.
 
-    module: whose weights may lie on any device; placement: the device of each tile.
+    Random numbers: whenever tile i is run, dropout draws those of seeds[i].
+
+    module: whose weights may lie on any device; placement: the device of each tile; seeds: the seed of each tile.
     """
 
-    def __init__(self, module: nn.Module, placement: Sequence[torch.device]):
+    def __init__(self, module: nn.Module, placement: Sequence[torch.device], seeds: Sequence[int]):
         self.module = module
         self.placement = placement
+        self.seeds = seeds
         self.weights = {}
         self.rounded = {}
         self.buffers = {}
@@ -361,7 +371,7 @@ class SharedModule:
         buffers = self.buffers_for(i)
         # functional_call puts these weights into the module and takes them out again. In the backward pass with recompute,
         # autograd runs the tiles of each GPU in a thread of its own, and without the lock they would mix up their weights.
-        with self.lock:
+        with self.lock, random_numbers_of(self.seeds[i], self.placement[i]):
             outputs = functional_call(self.module, (weights, buffers), inputs)
         self.count(i, buffers)
         return outputs

@@ -78,7 +78,7 @@ class Phases:
 
 @contextlib.contextmanager
 def without_random_numbers():
-    """Inside, tiles are recomputed without repeating the random numbers of dropout, as fake tensors hold no numbers."""
+    """Inside, tiles have no seeds of their own for dropout, as fake tensors hold no numbers."""
     def no_seeds(number):
         return [0] * number
 

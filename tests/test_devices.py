@@ -8,11 +8,12 @@ from multiprocessing.pool import ThreadPool
 import pytest
 import torch
 from conftest import CONFIG, CPU, assert_all_close, gradients_of
-from pretend_device import DEVICE, PretendDevice
+from pretend_device import DEVICE, GENERATOR, PretendDevice
 from torch import nn
 
+import decompose
 import train
-from decompose import SharedModule, Tiling
+from decompose import DecomposedUNet, SharedModule, Tiling
 from support.model import build_from_config
 from synthetic import LinesAndCircles
 
@@ -31,10 +32,10 @@ def batch_of_images():
     return torch.stack(images), torch.stack(masks)
 
 
-def one_step(grid, devices, recompute=False):
+def one_step(grid, devices, recompute=False, dropout=0.0):
     """Loss and model after the backward pass, from the same weights and images every time."""
     torch.manual_seed(0)
-    config = {**CONFIG, "recompute": recompute}
+    config = {**CONFIG, "recompute": recompute, "dropout": dropout}
     model = build_from_config(config).to(devices[0])
     images, masks = batch_of_images()
     tiling = Tiling((64, 64), grid, CELL)
@@ -83,6 +84,68 @@ def test_a_step_on_two_gpus_is_the_step_on_one(recompute):
     assert_same_step(one, two, tolerance=1e-12)
 
 
+# Dropout
+
+@pytest.fixture
+def own_random_numbers(monkeypatch):
+    """The pretend device draws from a generator of its own, which torch.manual_seed gives the seed of all others."""
+    generators = {"cpu": torch.default_generator, "pretend": GENERATOR}
+
+    def generator_of(device):
+        return generators[device.type]
+
+    monkeypatch.setattr(decompose, "generator_of", generator_of)
+
+
+def test_a_step_on_two_devices_leaves_out_the_channels_of_the_step_on_one(own_random_numbers):
+    with PretendDevice():
+        one = one_step((1, 2), [CPU], dropout=0.3)
+        two = one_step((1, 2), [CPU, DEVICE], dropout=0.3)
+        without, _ = one_step((1, 2), [CPU])
+        assert_same_step(one, two, tolerance=0)
+        assert one[0] != without
+
+
+class DroppingEncoder(nn.Module):
+    """The coarse map is the tile, of which half of the channels are left out."""
+
+    def forward(self, tile):
+        return [], nn.functional.dropout2d(tile, 0.5)
+
+
+class SendingDecoder(nn.Module):
+    """The logits are the coarse map."""
+
+    def forward(self, skips, coarse):
+        return coarse
+
+
+def ones_after_dropout(placement, comm_device, comm_net=None, comm_channels=0) -> list:
+    """What is left of two tiles of 64 channels of ones, on the CPU."""
+    torch.manual_seed(0)
+    model = DecomposedUNet(DroppingEncoder(), SendingDecoder(), comm_net, comm_channels)
+    tiling = Tiling((1, 2), (1, 2))
+    tiles = tiling.split(torch.ones(1, 64, 1, 2))
+    return on_cpu(model(tiles, tiling, placement, comm_device=comm_device))
+
+
+def test_tiles_on_two_devices_leave_out_channels_of_their_own(own_random_numbers):
+    with PretendDevice():
+        first, second = ones_after_dropout([CPU, DEVICE], CPU)
+        same_first, same_second = ones_after_dropout([DEVICE, CPU], CPU)
+    assert not torch.equal(first, second)
+    assert torch.equal(same_first, first)
+    assert torch.equal(same_second, second)
+
+
+def test_the_communication_network_leaves_out_the_same_channels_on_any_device(own_random_numbers):
+    with PretendDevice():
+        here = ones_after_dropout([CPU, CPU], CPU, nn.Dropout2d(0.5), 64)
+        there = ones_after_dropout([CPU, CPU], DEVICE, nn.Dropout2d(0.5), 64)
+    assert_all_close(there, here, tolerance=0)
+    assert here[0].count_nonzero() < 32  # both dropouts leave out half of what comes
+
+
 # Weights and threads
 
 class SlowLinear(nn.Linear):
@@ -97,7 +160,7 @@ def test_each_thread_gets_the_weights_of_its_device():
     module = SlowLinear(1, 1)
     weights = dict(module.named_parameters())
     larger = {name: weight.detach() + 1 for name, weight in weights.items()}
-    shared = SharedModule(module, [CPU, other_name])
+    shared = SharedModule(module, [CPU, other_name], seeds=[0, 0])
     shared.weights[other_name] = larger
 
     zero = torch.zeros(1)

@@ -32,11 +32,11 @@ TILINGS = [
 ]
 
 
-@pytest.mark.parametrize("comm_channels", [0, 8])
+@pytest.mark.parametrize("comm_channels, dropout", [(0, 0.0), (8, 0.0), (8, 0.3)])
 @pytest.mark.parametrize("tiling", TILINGS, ids=["even", "uneven"])
-def test_loss_gradients_and_running_statistics_are_the_same(tiling, comm_channels):
-    loss, model = one_step(tiling, comm_channels=comm_channels)
-    again, recomputed = one_step(tiling, comm_channels=comm_channels, recompute=True)
+def test_loss_gradients_and_running_statistics_are_the_same(tiling, comm_channels, dropout):
+    loss, model = one_step(tiling, comm_channels=comm_channels, dropout=dropout)
+    again, recomputed = one_step(tiling, comm_channels=comm_channels, dropout=dropout, recompute=True)
     torch.testing.assert_close(again, loss, rtol=0, atol=1e-12)
     assert_all_close(gradients_of(recomputed), gradients_of(model), tolerance=1e-12)
     assert_all_close(recomputed.buffers(), model.buffers(), tolerance=1e-12)
