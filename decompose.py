@@ -147,8 +147,8 @@ class Tiling:
         return torch.cat(strips, dim=-2)[..., :height, :width]
 
 
-def keep_tile(tile: Tensor) -> Tensor:
-    return tile
+def unchanged(x: Tensor) -> Tensor:
+    return x
 
 
 def keep_logits(i: int, logits: Tensor) -> Tensor:
@@ -176,8 +176,9 @@ class DecomposedUNet(nn.Module):
         self.comm_channels = comm_channels
 
     def forward(self, tiles: Sequence[Tensor], tiling: Tiling, placement: Sequence[torch.device],
-                finish: Callable = keep_logits, prepare: Callable = keep_tile, recompute: bool = False,
-                comm_device: torch.device | None = None) -> list:
+                finish: Callable = keep_logits, prepare: Callable = unchanged, recompute: bool = False,
+                comm_device: torch.device | None = None, own: Sequence[int] | None = None,
+                add_up: Callable = unchanged) -> list:
         """Tiles (B,C,h,w), as `tiling.split` made them -> for each tile what `finish` returned.
 
         placement: the device of each tile. A tile is moved there, and all that belongs to it is computed there.
@@ -191,6 +192,10 @@ class DecomposedUNet(nn.Module):
             statistics are the same.
         comm_device: where the communication network is computed; None: on the device of the first tile. With autocast,
             it must be of the same type as the devices of the tiles.
+        own: the numbers of the tiles that are computed here; None: all. The others are computed by other processes, which
+            call this at the same time. Each of them must have a tile.
+        add_up(x): the sum of x over these processes. The gradients of x must be added up as well.
+
         Dropout: each tile has seeds of its own, by its number in the tiling, and so has the communication network. They
             are drawn from PyTorch's generator of the CPU. So which channels are left out depends neither on recompute nor
             on which GPU computes what. But a CPU draws other channels than a GPU.
@@ -198,6 +203,8 @@ class DecomposedUNet(nn.Module):
         """
         if not len(tiles) == len(placement) == len(tiling):
             raise ValueError(f"{len(tiles)} tiles and {len(placement)} devices, but the tiling has {len(tiling)} tiles")
+        if own is None:
+            own = range(len(tiling))
         if comm_device is None:
             comm_device = placement[0]
         encode = SharedModule(self.encoder, placement, draw_seeds(len(tiling)))
@@ -207,32 +214,29 @@ class DecomposedUNet(nn.Module):
             communicate = SharedModule(self.comm_net, [comm_device], draw_seeds(1))
 
         run = self.recomputed if recompute else self.remembered
-        outputs = run(encode, decode, communicate, tiles, tiling, placement, finish, prepare)
+        outputs = run(encode, decode, communicate, tiles, tiling, placement, own, add_up, finish, prepare)
 
-        encode.update_buffers()
-        decode.update_buffers()
+        encode.update_buffers(len(tiling), add_up)
+        decode.update_buffers(len(tiling), add_up)
         if communicate is not None:
-            communicate.update_buffers()
+            communicate.update_buffers(1, unchanged)  # every process has run it on the same map
         return outputs
 
-    def remembered(self, encode, decode, communicate, tiles, tiling, placement, finish, prepare) -> list:
+    def remembered(self, encode, decode, communicate, tiles, tiling, placement, own, add_up, finish, prepare) -> list:
         """The forward pass as the picture at the top shows it. PyTorch keeps what the backward pass needs.
 
         encode(i, tile) runs the encoder on tile i, with its weights on the tile's device; so do decode and communicate.
         """
-        skips = []
-        coarse_maps = []
-        for i, tile in enumerate(tiles):
-            tile = prepare(to_device(tile, placement[i]))
-            tile_skips, coarse = encode(i, tile)
-            skips.append(tile_skips)
-            coarse_maps.append(coarse)
+        skips, coarse_maps = {}, {}
+        for i in own:
+            tile = prepare(to_device(tiles[i], placement[i]))
+            skips[i], coarse_maps[i] = encode(i, tile)
 
-        sent = [self.to_send(i, coarse, tiling) for i, coarse in enumerate(coarse_maps)]
-        received = self.exchange(communicate, sent, tiling, placement)
+        sent = {i: self.to_send(i, coarse_maps[i], tiling) for i in own}
+        received = self.exchange(communicate, sent, tiling, placement, add_up)
 
         outputs = []
-        for i in range(len(tiles)):
+        for i in own:
             coarse = self.replace(coarse_maps[i], received[i])
             logits = decode(i, skips[i], coarse)
             outputs.append(finish(i, tiling.crop(i, logits)))
@@ -245,14 +249,15 @@ class DecomposedUNet(nn.Module):
         channels = coarse[:, -self.comm_channels:]
         return tiling.coarse.crop(i, channels).clone()  # a copy: a view would keep all channels in memory
 
-    def exchange(self, communicate: "SharedModule", sent: list[Tensor], tiling: Tiling, placement) -> list:
+    def exchange(self, communicate: "SharedModule", sent: dict[int, Tensor], tiling: Tiling, placement, add_up) -> dict:
         """What each tile sends (B,K,h/2^D,w/2^D) -> what it receives (with overlap), on its own device."""
         if communicate is None:
-            return [None] * len(sent)
-        coarse_map = tiling.coarse.stitch(sent, device=communicate.placement[0])
+            return dict.fromkeys(sent)
+        parts = fill_with_zeros(sent, tiling.coarse.boxes)
+        coarse_map = add_up(tiling.coarse.stitch(parts, device=communicate.placement[0]))
         coarse_map = communicate(0, coarse_map)  # it has a single device, number 0
         received = tiling.coarse.split(coarse_map)
-        return [to_device(part, device) for part, device in zip(received, placement)]
+        return {i: to_device(received[i], placement[i]) for i in sent}
 
     def replace(self, coarse: Tensor, received: Tensor | None) -> Tensor:
         """The coarse map of a tile, its last K channels replaced by what it received."""
@@ -264,7 +269,7 @@ class DecomposedUNet(nn.Module):
 
     # Below is the machinery: how to forget tiles, and how to run one module on many devices.
 
-    def recomputed(self, encode, decode, communicate, tiles, tiling, placement, finish, prepare) -> list:
+    def recomputed(self, encode, decode, communicate, tiles, tiling, placement, own, add_up, finish, prepare) -> list:
         """The same in two passes, each of which forgets a tile before it goes on to the next.
 
         The first pass encodes each tile and keeps only what the tile sends. The second pass encodes it again, decodes it,
@@ -280,17 +285,28 @@ class DecomposedUNet(nn.Module):
             logits = decode(i, skips, self.replace(coarse, received))
             return finish(i, tiling.crop(i, logits))
 
-        sent = []
+        sent = dict.fromkeys(own)
         if communicate is not None:
-            for i in range(len(tiles)):
-                sent.append(forget(encode_to_send, i))
-            received = self.exchange(communicate, sent, tiling, placement)
-        else:
-            received = [None] * len(tiles)
+            for i in own:
+                sent[i] = forget(encode_to_send, i)
+        received = self.exchange(communicate, sent, tiling, placement, add_up)
         outputs = []
-        for i in range(len(tiles)):
+        for i in own:
             outputs.append(forget(encode_and_decode, i, received[i]))
         return outputs
+
+
+def fill_with_zeros(sent: dict[int, Tensor], boxes: Sequence[Box]) -> list[Tensor]:
+    """What the tiles send, and zeros for the tiles that are computed elsewhere. `add_up` puts theirs into that place."""
+    zero = next(iter(sent.values())).new_zeros(())
+    batch, channels = next(iter(sent.values())).shape[:2]
+    parts = []
+    for i, (top, bottom, left, right) in enumerate(boxes):
+        if i in sent:
+            parts.append(sent[i])
+        else:
+            parts.append(zero.expand(batch, channels, bottom - top, right - left))
+    return parts
 
 
 def forget(function: Callable, *inputs):
@@ -401,15 +417,22 @@ class SharedModule:
             sums[name] = sums.get(name, 0) + buffers[name]
 
     @torch.no_grad()
-    def update_buffers(self):
-        """The buffers of the module become the mean over all tiles. To be called once, after the forward pass."""
-        for name in self.changing:
-            buffer = self.module.get_buffer(name)
+    def update_buffers(self, tiles: int, add_up: Callable):
+        """The buffers of the module become the mean over so many tiles. To be called once, after the forward pass.
+
+        add_up: the sum over processes, for which all buffers go into one tensor. Its float64 holds what all other types do.
+        """
+        if not self.changing:
+            return
+        buffers = [self.module.get_buffer(name) for name in self.changing]
+        totals = []
+        for name, buffer in zip(self.changing, buffers):
             total = sum(sums[name].to(buffer.device) for sums in self.sums.values())
-            if buffer.is_floating_point():
-                buffer.copy_(total / len(self.counted))
-            else:
-                buffer.copy_(total // len(self.counted))  # batch norm's number of steps, which is the same for all tiles
+            totals.append(total.flatten().double())
+        means = add_up(torch.cat(totals)) / tiles
+        sizes = [buffer.numel() for buffer in buffers]
+        for buffer, mean in zip(buffers, means.split(sizes)):
+            buffer.copy_(mean.view_as(buffer))
 
 
 def round_weights(weights: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:

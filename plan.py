@@ -25,12 +25,17 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import train
 from decompose import Tiling
+from support import processes
 from support.command import one_line_errors, open_run
 from support.image_files import DataError
+from support.loss import number_of_sums
 from support.memory import LiveMemory
 from support.model import build_from_config
 from support.options import make_parser, number, parse
 from support.sizes import build_tiling, check_sizes
+
+
+TO_OTHERS = ("this process", "other processes")
 
 
 # One step on fake tensors
@@ -62,7 +67,8 @@ class Phases:
 
         def watched_split(tiling, x, **options):
             tiles = split(tiling, self.watch(x), **options)
-            tiles[-1] = self.watch(tiles[-1])  # the last one's gradient comes first
+            last = processes.own_tiles(len(tiles))[-1]
+            tiles[last] = self.watch(tiles[last])  # its gradient comes first
             return tiles
 
         def watched_stitch(tiling, tiles, **options):
@@ -89,25 +95,55 @@ def without_random_numbers():
         yield
 
 
+@contextlib.contextmanager
+def first_of_many(image_processes: int, moved: Counter):
+    """Inside, this is the first of so many processes that share an image. Adds to moved[TO_OTHERS] the bytes that it hands
+    over to be added up."""
+    def all_reduce(tensor, group):
+        moved[TO_OTHERS] += tensor.nbytes
+
+    with mock.patch.object(processes, "image_processes", image_processes):
+        with mock.patch("torch.distributed.all_reduce", all_reduce):
+            yield
+
+
+def keep_gradients_in_buckets(model: torch.nn.Module):
+    """The gradients of several processes are added up in memory that is kept from step to step, as it is done by
+    DistributedDataParallel."""
+    def copy_to_bucket(weight):
+        weight.grad = buckets[weight].copy_(weight.grad)
+
+    buckets = {weight: torch.empty_like(weight) for weight in model.parameters()}
+    for weight in model.parameters():
+        weight.register_post_accumulate_grad_hook(copy_to_bucket)
+
+
 def fake_step(config: dict) -> tuple[LiveMemory, list[Counter]]:
     """One training step of train.py. Returns what was alive and moved, and the peaks of its phases.
 
     GPU i is called "cpu:{i + 1}", a CPU with a number, for which no driver need exist. With `gpus` 0, "cpu:1" is the CPU
-    of a run without GPUs, and holds the images too.
+    of a run without GPUs, and holds the images too. Of several processes that share an image, it is the step of the first
+    one, which has the most tiles.
     """
     devices = [torch.device("cpu", i + 1) for i in range(max(config["gpus"], 1))]
     host = torch.device("cpu") if config["gpus"] else devices[0]
     batch, size = config["batch_size"], config["image_size"]
     memory = LiveMemory()
     phases = Phases(memory)
-    with memory, FakeTensorMode(), without_random_numbers():
+    shared = config["image_processes"] > 1
+    with (memory, FakeTensorMode(), without_random_numbers(),
+          first_of_many(config["image_processes"], memory.moved)):
         with devices[0]:  # all tensors that are made here are made on it
             model = build_from_config(config)
+        for layer in train.batch_norms(model):  # which makes its number of steps on "cpu", whatever is said
+            layer.num_batches_tracked = torch.zeros((), dtype=torch.long, device=devices[0])
         optimizer = torch.optim.Adam(model.parameters(), fused=True)
         for weight in model.parameters():  # a step that makes Adam's averages
             weight.grad = torch.zeros_like(weight)
         optimizer.step()
         optimizer.zero_grad()
+        if shared:
+            keep_gradients_in_buckets(model)
         images = torch.empty(batch, config["channels"], *size, device=host)
         masks = torch.empty(batch, *size, dtype=torch.uint8, device=host)
 
@@ -119,6 +155,9 @@ def fake_step(config: dict) -> tuple[LiveMemory, list[Counter]]:
         loss.backward()
         optimizer.step()
         phases.end()
+    if shared:
+        sums = 4 * number_of_sums(len(config["classes"]))  # bytes of float32
+        memory.moved[TO_OTHERS] += sums + sum(weight.nbytes for weight in model.parameters())
     memory.peak = phases.largest()
     return memory, phases.peaks
 
@@ -134,7 +173,8 @@ def predict(config: dict) -> tuple[Counter, Counter]:
     """
     tiling = build_tiling(config, config["image_size"])
     devices = max(config["gpus"], 1)
-    tiles_each = math.ceil(len(tiling) / devices)
+    share = devices * config["image_processes"]  # all GPUs that share an image
+    tiles_each = math.ceil(len(tiling) / share)
     if tiles_each <= 4:
         memory, _ = fake_step(config)
         return memory.peak, memory.moved
@@ -142,7 +182,7 @@ def predict(config: dict) -> tuple[Counter, Counter]:
     width = max(right - left for _, _, left, right in tiling.halos)
 
     def row_of_tiles(each: int) -> dict:
-        tiles = each * devices
+        tiles = each * share
         return {**config, "image_size": (height, width * tiles), "grid": (1, tiles), "overlap": 0}
 
     three, three_peaks = fake_step(row_of_tiles(3))
@@ -226,6 +266,8 @@ def what_fits(config: dict, memory: float) -> list[str]:
 def print_step(config: dict, peak: Counter, moved: Counter):
     tiling = build_tiling(config, config["image_size"])
     line = f"One training step, {len(tiling)} tiles, batch {config['batch_size']}"
+    if config["image_processes"] > 1:
+        line += f", the first of {config['image_processes']} processes that share an image"
     if config["recompute"]:
         line += ", recompute"
     if config["amp"]:
@@ -240,6 +282,8 @@ def print_step(config: dict, peak: Counter, moved: Counter):
         print(f"  GPU {i}: peak {peak[device] / 2**20:10,.1f} MiB, "
               f"exchanged with other GPUs {exchanged / 2**20:8,.1f} MiB, "
               f"received from the host {moved['cpu', device] / 2**20:8,.1f} MiB")
+    if config["image_processes"] > 1:
+        print(f"  each process hands over {moved[TO_OTHERS] / 2**20:,.1f} MiB, to be added up with those of the others")
 
 
 def print_what_fits(config: dict, gib: float, needed: int):
@@ -249,10 +293,12 @@ def print_what_fits(config: dict, gib: float, needed: int):
         ways = " or ".join(what_fits(config, memory)) or "nothing that is known here; take a smaller image or --width"
         print(f"This needs more than {gib:g} GiB. What would fit: {ways}")
     rows, columns = config["grid"]
-    print(f"Largest square image on {config['gpus']} GPUs of {gib:g} GiB, batch {config['batch_size']}, "
+    gpus = config["gpus"] * config["image_processes"]
+    print(f"Largest square image on {gpus} GPUs of {gib:g} GiB, batch {config['batch_size']}, "
           f"{rows}x{columns} tiles:")
     models = {
-        "plain U-Net": {"grid": (1, 1), "gpus": 1, "comm_channels": 0, "recompute": False, "overlap": 0},
+        "plain U-Net": {"grid": (1, 1), "gpus": 1, "comm_channels": 0, "recompute": False, "overlap": 0,
+                        "image_processes": 1},
         "decomposed": {"recompute": False},
         "decomposed, --recompute": {"recompute": True},
     }

@@ -176,6 +176,7 @@ def main(arguments: list[str] | None = None):
         parser.error(f"{out / 'metrics.json'}: is there already; take another --out")
     with one_line_errors(parser, out=out):
         model, config = load_model(asked.checkpoint)
+        config["image_processes"] = 1  # however many trained it
         check_folder(out)
 
     devices = processes.find_devices(asked.gpus or torch.cuda.device_count(), "tiles")

@@ -39,10 +39,12 @@ from support.sizes import build_tiling
 # Where each tile lives
 
 def place(tiling: Tiling, devices: list[torch.device]) -> list[torch.device]:
-    """The device of each tile: tile i lives on cuda:(i mod gpus)."""
+    """The device of each tile: tile i lives on cuda:(i mod gpus). Where several processes share an image, it is the i-th
+    tile of each process that does."""
     placement = []
     for i in range(len(tiling)):
-        placement.append(devices[i % len(devices)])
+        number = i // processes.image_processes
+        placement.append(devices[number % len(devices)])
     return placement
 
 
@@ -58,7 +60,8 @@ def run_tiles(model: nn.Module, images: Tensor, tiling: Tiling, devices: list, c
     # which rounds away those of the last of many.
     device_type = devices[0].type
     with torch.autocast(device_type, torch.bfloat16, enabled=config["amp"], cache_enabled=False):
-        return model(tiles, tiling, placement, finish, prepare, recompute=config["recompute"])
+        return model(tiles, tiling, placement, finish, prepare, recompute=config["recompute"],
+                     own=processes.own_tiles(len(tiling)), add_up=processes.sum_over_group)
 
 
 # The loss
@@ -261,19 +264,24 @@ def train(config: dict, devices: list, out: Path, state: dict | None = None) -> 
 def predict_some(model: nn.Module, dataset, config: dict, devices: list,
                  count: int = 4) -> dict[str, list[Tensor]]:
     """The first images of a data set, their masks, and the masks that the model predicts."""
-    def most_likely_class(i, logits):
-        return logits.argmax(dim=1).byte().cpu()
-
     model.eval()
     config = {**config, "recompute": True}
     pictures = {"image": [], "true mask": [], "prediction": []}
     for i in range(min(count, len(dataset))):
         image, mask = dataset[i]
         tiling = build_tiling(config, mask.shape)
-        tiles = run_tiles(model, image[None], tiling, devices, config, most_likely_class)
+        prediction = torch.zeros_like(mask)
+
+        def write(i, logits):
+            top, bottom, left, right = tiling.boxes[i]
+            part = prediction[top:bottom, left:right]
+            height, width = part.shape
+            part.copy_(logits.argmax(dim=1)[0, :height, :width])  # without the padding at the bottom and right
+
+        run_tiles(model, image[None], tiling, devices, config, write)
         pictures["image"].append(image)
         pictures["true mask"].append(mask)
-        pictures["prediction"].append(tiling.stitch(tiles)[0])
+        pictures["prediction"].append(processes.sum_over_group(prediction))
     return pictures
 
 
@@ -283,6 +291,7 @@ def main(arguments: list[str] | None = None):
                         "completed epoch, with its options; no other option goes with it")
     with one_line_errors(parser):
         config, out, state = processes.from_first(prepare_run, arguments, parser)
+        processes.share_images(config["image_processes"])
         rows, columns = config["grid"]
         devices = processes.find_devices(config["gpus"], f"{rows}x{columns} tiles")
     with one_line_errors(parser, config, out):

@@ -24,12 +24,12 @@ def prepare_run(arguments: list[str] | None, parser) -> tuple[dict, Path, dict |
     if asked["resume"]:
         config, out, state = open_run(Path(asked["resume"]))
         check_same(asked, config, out)
-        check_batch(config)
+        check_processes(config)
         check_images(config)
         print(f"{out}: {len(state['rows'])} of {config['epochs']} epochs are done")
         return config, out, state
     out = Path(asked["out"])
-    check_batch(asked)
+    check_processes(asked)
     check_folder(out)  # before the long look at all images; the folder is made after that
     config = asked | describe(asked, show_progress)
     out.mkdir(parents=True, exist_ok=True)
@@ -47,6 +47,7 @@ def open_run(out: Path) -> tuple[dict, Path, dict]:
     _, config = load_model(path)
     config.setdefault("freeze_batch_norm", 1.0)  # a run that was begun before there was this option
     config.setdefault("workers", None)
+    config.setdefault("image_processes", 1)
     return config, out, state
 
 
@@ -62,9 +63,16 @@ def check_same(asked: dict, config: dict, out: Path):
         raise DataError(f"--out {out}: holds a run with another {', another '.join(other)}; name another --out")
 
 
-def check_batch(config: dict):
-    if config["batch_size"] < processes.world_size():
-        raise DataError(f"--batch-size {config['batch_size']}: {processes.world_size()} processes need at least as many")
+def check_processes(config: dict):
+    """DataError: the processes that torchrun has started do not go with the options."""
+    started, each = processes.world_size(), config["image_processes"]
+    if started % each != 0:
+        raise DataError(f"--image-processes {each}: torchrun has started {started}, which is not a multiple of it; take "
+                        "another --image-processes or --nproc-per-node")
+    groups = started // each
+    if config["batch_size"] < groups:
+        raise DataError(f"--batch-size {config['batch_size']}: {groups} processes, or groups that share an image, need at "
+                        "least as many images")
 
 
 def check_images(config: dict):

@@ -55,7 +55,7 @@ def next_batch(batches: Iterator) -> tuple[Tensor, Tensor] | None:
 
 
 def make_loaders(datasets: dict[str, Dataset], config: dict, order: torch.Generator) -> dict[str, Loader]:
-    """The batches of each split, for this process. order: shuffles the training images."""
+    """The batches of each split, for this process and the others of its group. order: shuffles the training images."""
     batch_size = config["batch_size"]
     options = {"generator": order, "collate_fn": collate, "num_workers": number_of_workers(config, datasets["train"])}
     shuffled = RandomSampler(datasets["train"], generator=order)
@@ -65,7 +65,7 @@ def make_loaders(datasets: dict[str, Dataset], config: dict, order: torch.Genera
         batch_size = 1  # images to evaluate may have several sizes
     for split in ("val", "test"):
         images = datasets[split]
-        mine = Subset(images, range(processes.rank(), len(images), processes.world_size()))
+        mine = Subset(images, range(processes.group(), len(images), processes.groups()))
         loaders[split] = Loader(mine, batch_size, **options)
     return loaders
 
@@ -93,11 +93,11 @@ def collate(pairs: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
 
 
 def ignore_surplus_images(loader: DataLoader) -> Iterator[tuple[Tensor, Tensor]]:
-    """The batches of training images. Where a batch has fewer images than there are processes, those without an image of
-    their own take part with an image that does not count: all of its mask is IGNORE."""
+    """The batches of training images. Where a batch has fewer images than there are groups of processes, those without an
+    image of their own take part with an image that does not count: all of its mask is IGNORE."""
     images_left = len(loader.dataset)
     for images, masks in loader:
-        if processes.rank() >= images_left:
+        if processes.group() >= images_left:
             masks = torch.full_like(masks, IGNORE)
         images_left -= loader.batch_sampler.batches.batch_size
         yield images, masks

@@ -90,8 +90,10 @@ def make_parser(description: str) -> Parser:
     option("--workers", type=number(0, largest=LARGE), default=None, metavar="N", help="processes that read images ahead, "
            "for each process that trains (default: for pictures one for each CPU core, at most 4; else 0)")
     option("--gpus", type=number(1, largest=LARGE), default=unset, help="GPUs to use (default: all there are)")
+    option("--image-processes", type=number(1, largest=LARGE), default=1, metavar="N", help="how many of the processes that "
+           "torchrun starts share the tiles of each image; with 1 they share out batches only")
     option("--grid", type=pair, default=unset, metavar="RxQ", help="rows x columns of tiles (default: 2x2 for up to 4 "
-           "GPUs, else one or two tiles for each, as square as can be)")
+           "GPUs that share an image, else one or two tiles for each, as square as can be)")
     option("--overlap", type=number(0), default=0, metavar="PX", help="pixels that a tile sees beyond its borders, "
            "a multiple of 2^depth")
     option("--width", type=number(1, largest=4096), default=8, help="channels at full resolution; "
@@ -131,9 +133,10 @@ def parse(arguments: list[str] | None, parser: Parser, **defaults) -> dict:
         return {"resume": str(config["resume"])}
 
     gpus = config.get("gpus", processes.gpus_each())
-    config.setdefault("grid", default_grid(gpus))
+    config.setdefault("grid", default_grid(gpus * config["image_processes"]))
     rows, columns = config["grid"]
-    config.setdefault("gpus", min(gpus, rows * columns))
+    tiles_each = math.ceil(rows * columns / config["image_processes"])
+    config.setdefault("gpus", min(gpus, tiles_each))
     config.setdefault("amp", has_bfloat16())
     check_network(config, parser)
     check_data(config, parser)
@@ -149,9 +152,13 @@ def check_network(config: dict, parser: Parser):
     tiles = rows * columns
     if tiles > LARGE:
         parser.error(f"--grid {rows}x{columns}: take at most {LARGE} tiles")
-    if config["gpus"] > tiles:
-        parser.error(f"--gpus {config['gpus']}, but --grid {rows}x{columns} has only {tiles} tiles: take fewer GPUs or a "
-                     "finer grid")
+    if config["image_processes"] > tiles:
+        parser.error(f"--image-processes {config['image_processes']}, but --grid {rows}x{columns} has only {tiles} tiles: "
+                     "take fewer processes or a finer grid")
+    tiles_each = math.ceil(tiles / config["image_processes"])
+    if config["gpus"] > tiles_each:
+        parser.error(f"--gpus {config['gpus']}, but --grid {rows}x{columns} has only {tiles_each} tiles for each process: "
+                     "take fewer GPUs or a finer grid")
     coarse_channels = config["width"] * 2 ** config["depth"]
     if config["comm_channels"] > coarse_channels:
         parser.error(f"--comm-channels {config['comm_channels']}, but the coarse map of --width {config['width']} and "

@@ -1,11 +1,14 @@
-"""Many processes, started by torchrun: each takes its share of every batch, and cuts its images over its own GPUs.
+"""Many processes, started by torchrun, each with GPUs of its own. They share out batches, or the tiles of an image.
 
-    torchrun --nnodes 8 --nproc-per-node 1 train.py --gpus 4 ...     # 8 machines with 4 GPUs each
-    torchrun --nproc-per-node 2 train.py --gpus 2 ...                # one machine with 4 GPUs
+    torchrun --nproc-per-node 4 train.py                             # a quarter of every batch for each process
+    torchrun --nproc-per-node 4 train.py --image-processes 4         # a quarter of every image for each process
+    torchrun --nproc-per-node 4 train.py --image-processes 2         # two groups: half of every batch for each group,
+                                                                     # and half of every image for each of its processes
 
 All processes hold the same weights. Once per step the gradients are averaged (by DistributedDataParallel) and the few
-sums of the loss are added up; once per epoch the running statistics are averaged. Nothing that travels has the size of
-an image. Without torchrun there is one process, and everything here leaves things as they are.
+sums of the loss are added up; once per epoch the running statistics are averaged. The processes of a group also add up
+the coarse maps of what their tiles send. Nothing that travels has the size of an image. Without torchrun there is one
+process, and everything here leaves things as they are.
 """
 
 import os
@@ -25,6 +28,9 @@ from torch.utils.data import BatchSampler, Sampler
 CAN_RESTART = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"  # torchrun --max-restarts
 REMEMBERS = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # after a restart, the addresses of before
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))  # which process of this machine
+
+image_processes = 1  # how many processes share the tiles of an image
+image_group = None  # these processes, if there are several
 
 
 @contextmanager
@@ -50,6 +56,49 @@ def world_size() -> int:
 def is_first() -> bool:
     """Whether this is the process that writes files and speaks for all."""
     return rank() == 0
+
+
+def share_images(count: int):
+    """From now on, `count` processes with neighbouring ranks are a group, and share the tiles of each image. The number
+    of all processes must be a multiple of it."""
+    global image_processes, image_group
+    image_processes = count
+    if count > 1:
+        image_group, _ = dist.new_subgroups(group_size=count)
+
+
+def groups() -> int:
+    """The number of groups, each of which takes its share of every batch."""
+    return world_size() // image_processes
+
+
+def group() -> int:
+    """The number of the group of this process, 0 for the first."""
+    return rank() // image_processes
+
+
+def own_tiles(tiles: int) -> range:
+    """The numbers of the tiles that this process computes, of so many tiles of an image."""
+    return range(rank() % image_processes, tiles, image_processes)
+
+
+class SumOverGroup(torch.autograd.Function):
+    """x of this process -> the sum of x over the processes of its group. The gradients are added up in the same way, as
+    each process only knows what its own tiles make of the sum."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        total = x.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total, group=image_group)
+        return total
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        return SumOverGroup.forward(ctx, gradient)
+
+
+def sum_over_group(x: Tensor) -> Tensor:
+    return x if image_processes == 1 else SumOverGroup.apply(x)
 
 
 def local_world_size() -> int:
@@ -110,9 +159,9 @@ def from_first(function: Callable, *arguments):
 
 
 class Shares(Sampler):
-    """The share of one process in every batch: its images rank, rank + world_size, ... The batches are those of a single
-    process, so a run can go on with any number of processes. Of a last batch with fewer images than processes, those
-    that are left without one get its first image."""
+    """The share of one group in every batch: its images group, group + groups, ... The batches are those of a single
+    process, so a run can go on with any number of processes. Of a last batch with fewer images than groups, those that
+    are left without one get its first image."""
 
     def __init__(self, batches: BatchSampler):
         self.batches = batches
@@ -122,13 +171,14 @@ class Shares(Sampler):
 
     def __iter__(self) -> Iterator[list[int]]:
         for batch in self.batches:
-            yield batch[rank()::world_size()] or batch[:1]
+            yield batch[group()::groups()] or batch[:1]
 
 
 def seed(number: int, epoch: int):
-    """Every process but the first draws random numbers of its own in each epoch, so that they need not be saved."""
-    if not is_first():
-        torch.manual_seed(hash((number, epoch, rank())) % 2**63)
+    """Every group but the first draws random numbers of its own in each epoch, so that they need not be saved. The
+    processes of a group draw the same, so that dropout in the communication network is the same in all of them."""
+    if group() > 0:
+        torch.manual_seed(hash((number, epoch, group())) % 2**63)
 
 
 def parallel(model: nn.Module) -> nn.Module:

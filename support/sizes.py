@@ -21,7 +21,8 @@ def build_tiling(config: dict, size: Sequence[int], grid: Sequence[int] | None =
     """How an image of a size (H,W) is cut. ValueError: it cannot be.
 
     As `grid` says, if it is given. An image of the size of training is cut as --grid says. Any other is cut into tiles
-    that are no larger than those; but an image larger than in training, into tiles of at least 256x256.
+    that are no larger than those; but an image larger than in training, into tiles of at least 256x256. Where several
+    processes share an image, there is a tile for each.
     """
     cell = 2 ** config["depth"]
     if grid is None:
@@ -38,7 +39,13 @@ def grid_for(config: dict, size: Sequence[int]) -> Sequence[int]:
     height, width = bottom - top, right - left
     if math.prod(size) > math.prod(trained):
         height, width = max(height, SMALL), max(width, SMALL)
-    return math.ceil(size[0] / height), math.ceil(size[1] / width)
+    rows, columns = math.ceil(size[0] / height), math.ceil(size[1] / width)
+    while rows * columns < config["image_processes"]:  # each of them needs a tile
+        if size[0] / rows >= size[1] / columns:
+            rows += 1
+        else:
+            columns += 1
+    return rows, columns
 
 
 def check_sizes(config: dict, sizes: dict[tuple[int, int], str], images: int) -> tuple[int, int]:
@@ -75,7 +82,8 @@ def has_tile_of_one_cell(tiling: Tiling) -> bool:
 
 
 def smallest_batch(config: dict, images: int) -> int:
-    """The fewest images that a process can have in a step."""
+    """The fewest images that a process can have in a step, whole or in part."""
     full = min(images, config["batch_size"])
     last = images % config["batch_size"] or full
-    return max(min(full, last) // processes.world_size(), 1)
+    groups = processes.world_size() // config["image_processes"]
+    return max(min(full, last) // groups, 1)

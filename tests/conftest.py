@@ -23,6 +23,7 @@ CONFIG = {  # of a small network, in the form in which train.py and a checkpoint
     "comm_channels": 8,
     "dilations": [1, 2],
     "recompute": False,
+    "image_processes": 1,
     "mean": [0.5],
     "std": [2.0],
     "amp": False,

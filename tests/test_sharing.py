@@ -1,0 +1,172 @@
+"""One image over several processes, against one process that has all of it."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import CONFIG, CPU
+from test_plan import RealTraining, configuration
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, Subset
+
+import plan
+import train
+from support import processes
+from support.model import build_from_config
+
+WORLDS = [(2, 2), (3, 3), (4, 4), (4, 2), (2, 1)]  # processes, and how many of them share an image
+SIZE = (52, 40)  # with 3x2 tiles in cells of 4, no two rows or columns of tiles are of one size
+CASES = {
+    "remembered": {"overlap": 0},
+    "recomputed": {"recompute": True, "overlap": 0},
+    "with an overlap": {"overlap": 4},
+    "without communication": {"overlap": 0, "comm_channels": 0},
+    "several sizes": {"overlap": 0, "recompute": True, "batch_size": 1},
+}
+PLANNED = "--image-size 128 --grid 2x2 --image-processes 2"
+
+
+class Noise(Dataset):
+    """Four images of noise with masks of noise, of one size or of two."""
+
+    def __init__(self, several_sizes: bool):
+        self.sizes = [SIZE] * 4
+        if several_sizes:
+            self.sizes[1] = (24, 16)
+        self.generator = torch.Generator()
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, i: int):
+        if i >= 4:
+            raise IndexError
+        self.generator.manual_seed(i)
+        image = torch.randn(1, *self.sizes[i], generator=self.generator)
+        mask = torch.randint(0, 3, self.sizes[i], dtype=torch.uint8, generator=self.generator)
+        return image, mask
+
+
+def train_and_evaluate(case: str) -> list:
+    """Two epochs, with what train.py uses: the first with the statistics of the batches, the second without."""
+    torch.manual_seed(0)
+    config = {**CONFIG, "batch_size": 4, "grid": (3, 2), "image_size": SIZE, "dropout": 0.1, "image_processes": 4}
+    config.update(CASES[case])
+    data = Noise(several_sizes=case == "several sizes")
+    model = build_from_config(config)
+    parallel = processes.parallel(model)
+    optimizer = torch.optim.Adam(model.parameters())
+    batches = BatchSampler(RandomSampler(data, generator=torch.Generator().manual_seed(1)), config["batch_size"], False)
+    loader = DataLoader(data, batch_sampler=processes.Shares(batches))
+    steps = len(batches)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.01, 2 * steps, anneal_strategy="linear")
+    losses = []
+    statistics = []
+    for epoch in (1, 2):
+        if case != "several sizes":
+            processes.seed(0, epoch)
+        losses.append(train.train_epoch(parallel, loader, optimizer, schedule, config, [CPU], freeze_after=steps))
+        statistics.append([buffer.clone() for buffer in model.buffers()])
+    images = Subset(data, range(processes.group(), len(data), processes.groups()))
+    scores = train.evaluate(model, DataLoader(images), config, [CPU])
+    pictures = train.predict_some(model, data, config, [CPU])
+    gradients = [weight.grad for weight in model.parameters()]
+    return [losses, statistics, scores, gradients, model.state_dict(), pictures["prediction"]]
+
+
+class CountedAllReduce:
+    """Does what torch.distributed.all_reduce does, and adds up the bytes that this process hands over."""
+
+    def __init__(self):
+        self.all_reduce = dist.all_reduce
+        self.bytes = 0
+
+    def __call__(self, tensor, *options, **more):
+        self.bytes += tensor.nbytes
+        return self.all_reduce(tensor, *options, **more)
+
+
+def measure_step(recompute: bool) -> tuple[int, int]:
+    """The peak bytes of tensors alive in a step of this process, and the bytes that it hands over."""
+    training = SharedTraining(configuration(PLANNED + (" --recompute" if recompute else "")))
+    peak = training.peak_of_a_step()
+    counted = CountedAllReduce()
+    dist.all_reduce = counted
+    training.step()
+    dist.all_reduce = counted.all_reduce
+    return peak, counted.bytes
+
+
+class SharedTraining(RealTraining):
+    def __init__(self, config: dict):
+        super().__init__(config)
+        self.model = processes.parallel(self.model)
+        self.model.register_comm_hook(None, allreduce_hook)  # what it does anyway, but where it can be seen
+
+
+def work(rank: int, folder: str):
+    """Process `rank`. It is one of each of the worlds that are large enough, and leaves what came out in `folder`."""
+    torch.set_num_threads(1)
+    for world, shared in WORLDS:
+        if rank >= world:
+            continue
+        dist.init_process_group("gloo", init_method=f"file://{folder}/meet-{world}-{shared}", rank=rank, world_size=world)
+        processes.share_images(shared)
+        if (world, shared) == (2, 2):
+            torch.save([measure_step(False), measure_step(True)], f"{folder}/measured-{rank}")
+        torch.set_default_dtype(torch.float64)
+        float32 = torch.Tensor.float
+        torch.Tensor.float = torch.Tensor.double  # the sums of the loss
+        for case in CASES:
+            if case == "several sizes" and world > shared:
+                continue  # one image in a batch is for one group
+            torch.save(train_and_evaluate(case), f"{folder}/{world}-{shared}-{rank}-{case}")
+        torch.Tensor.float = float32
+        torch.set_default_dtype(torch.float32)
+        dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """The folder of what the processes have left."""
+    folder = tmp_path_factory.mktemp("sharing")
+    torch.multiprocessing.spawn(work, (str(folder),), nprocs=4)
+    return folder
+
+
+@pytest.mark.parametrize("shared", [2, 3, 4])
+@pytest.mark.parametrize("case", list(CASES))
+def test_processes_that_share_an_image_learn_what_one_does(case, shared, results, in_float64):
+    expected = train_and_evaluate(case)
+    for rank in range(shared):
+        result = torch.load(results / f"{shared}-{shared}-{rank}-{case}")
+        torch.testing.assert_close(result, expected, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("case", list(CASES)[:-1])
+def test_two_groups_of_two_learn_what_two_processes_do(case, results):
+    for rank in range(4):
+        result = torch.load(results / f"4-2-{rank}-{case}")
+        expected = torch.load(results / f"2-1-{rank // 2}-{case}")
+        torch.testing.assert_close(result, expected, rtol=1e-11, atol=1e-11)
+
+
+# What it needs
+
+@pytest.mark.parametrize("case, options", [(0, ""), (1, " --recompute")])
+def test_the_plan_of_a_process_is_what_it_needs_and_what_it_hands_over(case, options, results):
+    memory, _ = plan.fake_step(configuration(PLANNED + options))
+    peak, handed_over = torch.load(results / "measured-0")[case]
+    assert memory.peak["cpu:1"] == pytest.approx(peak, rel=0.02)
+    assert memory.moved[plan.TO_OTHERS] == handed_over
+
+
+def test_two_processes_need_half_of_the_activations_each(results):
+    """Beyond the images, the weights and what belongs to them. Not halved are the coarse maps, and what a tile needs only
+    while it is computed."""
+    config = configuration("--image-size 128 --grid 2x2")
+    alone = RealTraining(config)
+    (peak, _), _ = torch.load(results / "measured-0")
+    weights = sum(weight.nbytes for weight in alone.model.parameters())
+    images = alone.images.nbytes + alone.masks.nbytes
+    kept = images + 5 * weights  # weights, gradients, where they are added up, and two averages of Adam
+    assert peak - kept < 0.55 * (alone.peak_of_a_step() - kept)
