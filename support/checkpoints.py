@@ -1,6 +1,7 @@
 """What a run leaves on disk: files that appear whole or not at all, and checkpoints that are data and never code."""
 
 import csv
+import errno
 import io
 import json
 import os
@@ -19,14 +20,29 @@ class CheckpointError(ValueError):
 @contextmanager
 def atomic_write(path: Path):
     """Gives the block another path to write to. Only when the block has ended well does that file take the place of
-    what stood at `path`."""
+    what stood at `path`. Afterwards a power cut does not undo this."""
     unfinished = path.with_name(UNFINISHED + path.name)
     try:
         yield unfinished
+        sync(unfinished)  # else the disk may know of the new name before it has the content
         os.replace(unfinished, path)
+        sync(path.parent)
     except BaseException:  # also Ctrl-C
         unfinished.unlink(missing_ok=True)
         raise
+
+
+def sync(path: Path):
+    """Waits until the disk has the content of a file, or the names of the files in a folder. OSError."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        # Some file systems, of networks for example, cannot do it for folders; then no more can be done.
+        if not (path.is_dir() and error.errno == errno.EINVAL):
+            raise
+    finally:
+        os.close(descriptor)
 
 
 def is_unfinished(path: Path) -> bool:
