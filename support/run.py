@@ -1,7 +1,7 @@
 """A run: what training changes, kept so that it can go on after an interruption, and what it leaves in its folder.
 
     last.pt           after every epoch: all that --resume needs to go on as if nothing had happened
-    best.pt           the network of the epoch with the best mean IoU on the validation images
+    best.pt           the network of the epoch with the best mean IoU on the validation images, and the number of that epoch
     log.csv           a row for each epoch
     metrics.json      at the end: the options, the scores, time and memory
     curves.png        losses and scores of the epochs
@@ -41,16 +41,17 @@ class Run:
         self.schedule = schedule
         self.order = order
         self.rows = []  # of log.csv
-        self.best = None  # the validation scores of the best epoch
+        self.best = None  # the number of the best epoch and its validation scores
         self.started = time.perf_counter()
 
     def begin(self, state: dict | None):
         """Goes on from a state, or else saves that of the beginning. Prints the heading of the table of epochs.
 
-        CheckpointError: the state is that of another network, or of other images.
+        CheckpointError: the state is that of another network, or of other images; or best.pt is that of another state.
         """
         if state is not None:
             self.restore(state)
+            processes.from_first(self.repair_best)
             for row in self.rows:
                 self.started -= row["seconds"]
         else:
@@ -72,6 +73,7 @@ class Run:
             for row in self.rows:
                 row.setdefault("seconds_waited", 0.0)  # a run that was begun before this was measured
             self.best = state["best"]
+            self.number_best()
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.schedule.load_state_dict(state["schedule"])
@@ -85,6 +87,33 @@ class Run:
             raise CheckpointError(f"the run had {self.schedule.total_steps} steps to make and would now have {total_steps}, "
                                   "so the images have changed; put them back, or train anew")
 
+    def number_best(self):
+        """Older runs did not save the number of the best epoch: it is the first with the scores of the best."""
+        if self.best is None or "epoch" in self.best:
+            return
+        for row in self.rows:
+            if row["val_mean_iou"] == self.best["mean_iou"]:
+                self.best["epoch"] = row["epoch"]
+                return
+        self.best["epoch"] = 0
+
+    def repair_best(self):
+        """Makes best.pt the network of the best epoch again, which it may not be after a kill between two writes.
+
+        last.pt is written first. So if best.pt has not been written since, last.pt holds the network of the best epoch.
+        CheckpointError: neither of the two holds it.
+        """
+        if self.best is None:
+            return
+        if self.best_epoch() == self.epochs_done():
+            self.save_best()
+            return
+        path = self.out / "best.pt"
+        epoch = checkpoints.load(path).get("epoch", self.best_epoch())  # older ones have no number
+        if epoch != self.best_epoch():
+            raise CheckpointError(f"{path}: holds epoch {epoch}, but the best of the run was epoch {self.best_epoch()}; put "
+                                  "back the best.pt that was written with this last.pt, or train anew")
+
     def save(self, path: Path, state: dict):
         if processes.is_first():
             checkpoints.save(path, state)
@@ -94,16 +123,25 @@ class Run:
 
     def best_epoch(self) -> int:
         """The epoch whose weights best.pt holds; 0 before the first."""
-        for row in self.rows:
-            if row["val_mean_iou"] == self.best["mean_iou"]:
-                return row["epoch"]
-        return 0
+        if self.best is None:
+            return 0
+        return self.best["epoch"]
 
     def keep_best(self, validation: dict):
-        """Saves the network to best.pt if its validation scores are the best so far."""
-        if self.best is None or validation["mean_iou"] > self.best["mean_iou"]:
-            self.best = validation
-            self.save(self.out / "best.pt", {"config": self.config, "model": self.model.state_dict()})
+        """Saves the run to last.pt, and then its network to best.pt if the validation scores are the best so far.
+
+        In this order, `repair_best` can undo a kill between the two.
+        """
+        better = self.best is None or validation["mean_iou"] > self.best["mean_iou"]
+        if better:
+            self.best = {"epoch": self.epochs_done(), **validation}
+        self.save(self.out / "last.pt", self.state())
+        if better:
+            self.save_best()
+
+    def save_best(self):
+        state = {"config": self.config, "epoch": self.best_epoch(), "model": self.model.state_dict()}
+        self.save(self.out / "best.pt", state)
 
     def load_best(self):
         """The network goes back to the best epoch, in every process."""
@@ -118,14 +156,13 @@ class Run:
         """
         if not torch.tensor(validation["loss"]).isfinite():
             raise Diverged(f"the loss became {validation['loss']} at the end of epoch {epoch}")
-        self.keep_best(validation)
         row = {"epoch": epoch, "train_loss": loss, "val_loss": validation["loss"]}
         for name, score in validation["iou"].items():
             row[f"val_iou_{name}"] = score
         row |= {"val_mean_iou": validation["mean_iou"], "learning_rate": learning_rate, "train_seconds": train_seconds,
                 "seconds_waited": seconds_waited, "seconds": seconds}
         self.rows.append(row)
-        self.save(self.out / "last.pt", self.state())
+        self.keep_best(validation)
         self.write_log()
 
         show_progress("")
