@@ -31,6 +31,7 @@ from support.loaders import ignore_surplus_images, make_loaders
 from support.loss import IGNORE, loss_from_sums, loss_sums, number_of_sums
 from support.model import build_from_config
 from support.options import make_parser, show_progress
+from support.plots import Thinned
 from support.run import Diverged, Run
 from support.scores import confusion, pixels_near_seam, scores
 from support.sizes import build_tiling
@@ -256,33 +257,34 @@ def train(config: dict, devices: list, out: Path, state: dict | None = None) -> 
         "test": evaluate(model, loaders["test"], config, devices),
         "loss_of_training_images": compare_modes(model, loaders["train"], config, devices, frozen),
     }
-    pictures = predict_some(model, datasets["test"], config, devices)
-    return run.finish(metrics, pictures, devices)
+    pictures, boxes = predict_some(model, datasets["test"], config, devices)
+    return run.finish(metrics, pictures, boxes, devices)
 
 
 @torch.no_grad()
 def predict_some(model: nn.Module, dataset, config: dict, devices: list,
-                 count: int = 4) -> dict[str, list[Tensor]]:
-    """The first images of a data set, their masks, and the masks that the model predicts."""
+                 count: int = 4) -> tuple[dict[str, list[Tensor]], list[list]]:
+    """The first images of a data set, their masks and the predicted ones, thinned for a picture; the boxes of their tiles."""
     model.eval()
     config = {**config, "recompute": True}
     pictures = {"image": [], "true mask": [], "prediction": []}
+    boxes = []
     for i in range(min(count, len(dataset))):
         image, mask = dataset[i]
         tiling = build_tiling(config, mask.shape)
-        prediction = torch.zeros_like(mask)
+        picture = Thinned(tiling)
+        true_mask = picture.image(mask)
+        prediction = torch.zeros_like(true_mask)
 
         def write(i, logits):
-            top, bottom, left, right = tiling.boxes[i]
-            part = prediction[top:bottom, left:right]
-            height, width = part.shape
-            part.copy_(logits.argmax(dim=1)[0, :height, :width])  # without the padding at the bottom and right
+            picture.write(i, logits.argmax(dim=1)[0], prediction)
 
         run_tiles(model, image[None], tiling, devices, config, write)
-        pictures["image"].append(image)
-        pictures["true mask"].append(mask)
+        pictures["image"].append(picture.image(image))
+        pictures["true mask"].append(true_mask)
         pictures["prediction"].append(processes.sum_over_group(prediction))
-    return pictures
+        boxes.append(picture.boxes())
+    return pictures, boxes
 
 
 def main(arguments: list[str] | None = None):

@@ -17,7 +17,6 @@ from experiments.common import MODELS, QUICK, make_folder, mean_and_spread, save
 from support import plots
 from support.datasets import build_datasets
 from support.model import load_model
-from support.sizes import build_tiling
 from train import predict_some
 
 
@@ -58,12 +57,12 @@ def draw(path: Path, checkpoints: dict[str, Path]):
     for name, checkpoint in checkpoints.items():
         model, config = load_model(checkpoint)
         dataset = build_datasets(config)["test"]
-        pictures = predict_some(model, dataset, config, [torch.device("cpu")])
+        pictures, tiles = predict_some(model, dataset, config, [torch.device("cpu")])
         columns["image"] = pictures["image"]
         columns["true mask"] = pictures["true mask"]
         columns[name.replace(" ", "\n", 1)] = pictures["prediction"]
         if not boxes:
-            boxes = [build_tiling(config, mask.shape).boxes for mask in pictures["true mask"]]
+            boxes = tiles
     plots.draw_predictions(path, columns, boxes, config["classes"], config["colors"])
 
 

@@ -146,8 +146,9 @@ def normalise(tile: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tens
 # Checking
 
 def blocks(array: np.ndarray) -> Iterator[np.ndarray]:
-    """Some rows at a time, a few million pixels: a mapped array may be larger than the memory."""
-    rows = max(2**22 // array.shape[1], 1)
+    """Some rows at a time, a few million pixels, or fewer of many channels: a mapped array may be larger than the memory."""
+    channels = array.shape[2] if array.ndim == 3 else 1
+    rows = max(2**24 // (array.shape[1] * max(channels, 4)), 1)
     for top in range(0, len(array), rows):
         yield array[top:top + rows]
 

@@ -1,9 +1,14 @@
-"""Pictures of a run: how it learned, and what it sees. This file knows arrays and colours, but no models or devices."""
+"""Pictures of a run: how it learned, and what it sees. This file knows tiles and colours, but no models or devices."""
 
+import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
 import numpy as np
+from torch import Tensor
+
+from decompose import Tiling
 
 matplotlib.use("Agg")  # draws into files and needs no screen
 import matplotlib.pyplot as plt
@@ -37,11 +42,50 @@ def column(rows: list[dict], name: str) -> list:
     return [row[name] for row in rows]
 
 
-def draw_predictions(path: Path, columns: dict[str, list], boxes: list[list], classes: list[str], colors: list):
+def thinning(size: Sequence[int], longest: int) -> int:
+    """The step at which to take pixels of an image of a size (H,W), so that its picture has at most `longest` on a side."""
+    return math.ceil(max(size) / longest)
+
+
+class Thinned:
+    """Every step-th row and column of an image, which are enough for a picture, when it is cut into tiles.
+
+    What is thinned is copied: the image itself may be larger than the memory.
+    """
+
+    def __init__(self, tiling: Tiling, longest: int = 1024):
+        self.tiling = tiling
+        self.step = thinning(tiling.size, longest)
+
+    def image(self, image: Tensor) -> Tensor:
+        """The picture of an image or a mask (...,H,W)."""
+        return image[..., ::self.step, ::self.step].clone()
+
+    def write(self, i: int, tile: Tensor, picture: Tensor):
+        """Writes what the picture (H,W) shows of tile i (h,w), which has no overlap. That may be nothing, if it is small."""
+        top, _, left, _ = self.tiling.boxes[i]
+        first_row = -top % self.step  # the picture has the rows 0, step, 2 step, ... of the image, not of the tile
+        first_column = -left % self.step
+        part = tile[first_row::self.step, first_column::self.step]
+        y = (top + first_row) // self.step
+        x = (left + first_column) // self.step
+        place = picture[y:y + part.shape[0], x:x + part.shape[1]]
+        height, width = place.shape
+        place.copy_(part[:height, :width])  # without what pads the last tiles
+
+    def boxes(self) -> list[tuple]:
+        """The (top, bottom, left, right) of every tile in pixels of the picture, which need not be whole."""
+        boxes = []
+        for top, bottom, left, right in self.tiling.boxes:
+            boxes.append((top / self.step, bottom / self.step, left / self.step, right / self.step))
+        return boxes
+
+
+def draw_predictions(path: Path, columns: dict[str, list], boxes: list, classes: list[str], colors: list):
     """Draws a table of pictures, with the borders between tiles as red lines.
 
     columns: for each title the pictures below it. A picture is an image (C,H,W), or a mask (H,W) of class indices.
-    boxes: for each row of the table, the (top, bottom, left, right) of every tile.
+    boxes: for each row of the table, the (top, bottom, left, right) of every tile, in pixels of its pictures.
     """
     heights = []  # of each row, when a picture is 1 wide
     for picture in list(columns.values())[0]:

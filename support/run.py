@@ -20,7 +20,6 @@ from torch import Tensor
 from support import checkpoints, plots, processes
 from support.checkpoints import CheckpointError
 from support.options import show_progress
-from support.sizes import build_tiling
 
 STATE = ("config", "rows", "best", "model", "optimizer", "schedule", "order", "random")  # the entries of last.pt
 
@@ -175,10 +174,10 @@ class Run:
         if processes.is_first():
             checkpoints.write_log(self.out / "log.csv", self.rows)
 
-    def finish(self, metrics: dict, pictures: dict[str, list[Tensor]], devices: list) -> dict:
+    def finish(self, metrics: dict, pictures: dict[str, list[Tensor]], boxes: list[list], devices: list) -> dict:
         """Writes and prints what the run ends with. Returns what metrics.json holds.
 
-        metrics: test scores and other numbers; pictures: the columns of predictions.png.
+        metrics: test scores and other numbers; pictures: the columns of predictions.png; boxes: the tiles of each row.
         """
         seconds = [row["train_seconds"] for row in self.rows]
         per_step = statistics.median(seconds) * len(seconds) / self.schedule.last_epoch if seconds else None
@@ -194,19 +193,18 @@ class Run:
             "peak_mib": processes.peak_mib(devices),
         }
         if processes.is_first():
-            self.draw(pictures)
+            self.draw(pictures, boxes)
             if self.rows:
                 self.write_log()  # a run that was stopped just before it wrote its last row
             checkpoints.write_json(self.out / "metrics.json", metrics)
         self.print_result(metrics)
         return metrics
 
-    def draw(self, pictures: dict[str, list[Tensor]]):
+    def draw(self, pictures: dict[str, list[Tensor]], boxes: list[list]):
         classes, colors = self.config["classes"], self.config["colors"]
         if self.rows:
             with checkpoints.atomic_write(self.out / "curves.png") as unfinished:
                 plots.draw_curves(unfinished, self.rows, classes, colors)
-        boxes = [build_tiling(self.config, mask.shape).boxes for mask in pictures["true mask"]]
         with checkpoints.atomic_write(self.out / "predictions.png") as unfinished:
             plots.draw_predictions(unfinished, pictures, boxes, classes, colors)
 

@@ -196,7 +196,7 @@ def accuracy_on_training_images(out) -> float:
     """The part of the pixels whose class a trained network knows."""
     model, config = load_model(out / "last.pt")
     images = build_datasets(config)["train"]
-    some = train.predict_some(model, images, config, [CPU], count=20)
+    some, _ = train.predict_some(model, images, config, [CPU], count=20)
     right = []
     for mask, prediction in zip(some["true mask"], some["prediction"]):
         right.append((mask == prediction).float().mean().item())

@@ -221,6 +221,17 @@ def test_a_crop_of_an_array_is_all_that_is_read(huge_pair):
     assert mask.shape == (32, 48)
 
 
+@pytest.mark.parametrize("channels", [1, 4, 50])
+def test_an_array_is_looked_at_in_blocks_whatever_its_channels(channels):
+    row = np.zeros((1, 2**12, channels), np.uint8)
+    image = np.broadcast_to(row, (2**12, 2**12, channels))
+    rows = 0
+    for block in image_files.blocks(image):
+        assert block.size <= 2**24
+        rows += len(block)
+    assert rows == 2**12
+
+
 # A folder
 
 def test_pairs_are_found_by_name_whatever_the_format(tmp_path):
