@@ -373,9 +373,11 @@ class SharedModule:
         self.rounded = {}
         self.buffers = {}
         for device in dict.fromkeys(placement):  # each device once, in order
-            self.weights[device] = {name: weight.to(device) for name, weight in module.named_parameters()}
+            weights = module.named_parameters(remove_duplicate=False)  # a weight of two layers under both its names
+            buffers = module.named_buffers(remove_duplicate=False)
+            self.weights[device] = {name: weight.to(device) for name, weight in weights}
             self.rounded[device] = round_weights(self.weights[device], device)
-            self.buffers[device] = {name: buffer.to(device) for name, buffer in module.named_buffers()}
+            self.buffers[device] = {name: buffer.to(device) for name, buffer in buffers}
         self.changing = buffers_that_change(module)
         self.sums = {}  # for each device: the new buffers of its tiles, added up
         self.counted = set()  # the tiles that are in these sums
@@ -388,7 +390,7 @@ class SharedModule:
         # functional_call puts these weights into the module and takes them out again. In the backward pass with recompute,
         # autograd runs the tiles of each GPU in a thread of its own, and without the lock they would mix up their weights.
         with self.lock, random_numbers_of(self.seeds[i], self.placement[i]):
-            outputs = functional_call(self.module, (weights, buffers), inputs)
+            outputs = functional_call(self.module, (weights, buffers), inputs, tie_weights=False)
         self.count(i, buffers)
         return outputs
 
@@ -403,8 +405,10 @@ class SharedModule:
     def buffers_for(self, i: int) -> dict[str, Tensor]:
         """The old buffers on the device of tile i, copied if they will change."""
         buffers = dict(self.buffers[self.placement[i]])
-        for name in self.changing:
-            buffers[name] = buffers[name].clone()
+        for names in self.changing:
+            old = [buffers[name] for name in names]
+            copies = torch._foreach_mul(old, 1)  # of all at once: a GPU takes long to begin many small operations
+            buffers.update(zip(names, copies))
         return buffers
 
     def count(self, i: int, buffers: dict[str, Tensor]):
@@ -413,8 +417,11 @@ class SharedModule:
             return
         self.counted.add(i)
         sums = self.sums.setdefault(self.placement[i], {})
-        for name in self.changing:
-            sums[name] = sums.get(name, 0) + buffers[name]
+        for names in self.changing:
+            total = [buffers[name] for name in names]
+            if names[0] in sums:
+                total = torch._foreach_add(total, [sums[name] for name in names])
+            sums.update(zip(names, total))
 
     @torch.no_grad()
     def update_buffers(self, tiles: int, add_up: Callable):
@@ -424,9 +431,10 @@ class SharedModule:
         """
         if not self.changing:
             return
-        buffers = [self.module.get_buffer(name) for name in self.changing]
+        changing = sum(self.changing, [])
+        buffers = [self.module.get_buffer(name) for name in changing]
         totals = []
-        for name, buffer in zip(self.changing, buffers):
+        for name, buffer in zip(changing, buffers):
             total = sum(sums[name].to(buffer.device) for sums in self.sums.values())
             totals.append(total.flatten().double())
         means = add_up(torch.cat(totals)) / tiles
@@ -463,12 +471,12 @@ class RoundedWeight(torch.autograd.Function):
         return gradient.to(ctx.dtype), None
 
 
-def buffers_that_change(module: nn.Module) -> list[str]:
+def buffers_that_change(module: nn.Module) -> list[list[str]]:
     """The names of the buffers that a forward pass changes: those of the submodules in training mode. Batch norm that is
-    frozen, which means in evaluation mode, only reads its running statistics."""
-    names = []
+    frozen, which means in evaluation mode, only reads its running statistics. Buffers of one type are together."""
+    names = {}
     for prefix, part in module.named_modules():
-        for name, _ in part.named_buffers(recurse=False):
+        for name, buffer in part.named_buffers(recurse=False):
             if part.training:
-                names.append(f"{prefix}.{name}" if prefix else name)
-    return names
+                names.setdefault(buffer.dtype, []).append(f"{prefix}.{name}" if prefix else name)
+    return list(names.values())

@@ -245,6 +245,7 @@ def make_config(asked: argparse.Namespace) -> dict:
         "overlap": 0,
         "batch_size": 1,
         "gpus": 0,
+        "image_processes": 1,
     }
 
 

@@ -20,7 +20,6 @@ from comm_net import CommNet
 from support.model import load_model
 from support.options import Parser, number
 
-torch.backends.cudnn.allow_tf32 = False  # by default a GPU rounds what its convolutions multiply to 10 bits
 HERE = Path(__file__).parent
 CPU_OR_GPUS = [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
 if not CPU_OR_GPUS:
@@ -66,7 +65,7 @@ def trained(out: Path, options: list[str], comm_net: type[nn.Module] = CommNet) 
     """The metrics of the run in the folder `out`.
 
     It is trained now, unless it has been trained before; an interrupted run goes on. In float32, so that the hardware
-    makes no difference. comm_net: another communication network than that of comm_net.py.
+    makes little difference. comm_net: another communication network than that of comm_net.py.
     """
     if not (out / "metrics.json").exists():
         print(f"\n{out}: python train.py {' '.join(options)}", flush=True)

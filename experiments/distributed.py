@@ -3,8 +3,9 @@
     python -m experiments.benchmark --distributed            # two minutes on two CPU cores
     python -m experiments.benchmark --distributed --quick    # the two processes only, in seconds
 
-The network and the images are the defaults of train.py: 64x64 pixels in 2x2 tiles, 16 images in a batch, of which each
-process takes its share; Gloo on the CPU. The two take turns. In the same processes, every step is made once more
+First they share out batches: the network and the images are the defaults of train.py, 64x64 pixels in 2x2 tiles, 16
+images in a batch. Then they share one image of 512x512 pixels in 2x2 tiles, with --image-processes 2, width 16 and depth
+4. Gloo on the CPU. The two take turns. In the same processes, every step is made once more
 without a word to the others: the difference is the time of the exchange, waiting for the slower one included. The bytes
 are those that each process hands over to be added. Writes runs/distributed/distributed.csv and prints its rows.
 """
@@ -66,15 +67,15 @@ class CountedAllReduce:
 
 
 def keep_to_oneself(sums: Tensor) -> Tensor:
-    """In place of all_reduce_sum: the sums of the loss are not added up over processes."""
+    """In place of all_reduce_sum and sum_over_group: nothing is added up over processes."""
     return sums
 
 
-def share_of_batch(config: dict, rank: int, count: int) -> tuple[Tensor, Tensor]:
-    """The images and masks of a batch that process `rank` of `count` learns from."""
+def share_of_batch(config: dict) -> tuple[Tensor, Tensor]:
+    """The images and masks of a batch that this process learns from, alone or with the others of its group."""
     dataset = build_datasets(config)["train"]
     images, masks = [], []
-    for i in range(rank, config["batch_size"], count):
+    for i in range(processes.group(), config["batch_size"], processes.groups()):
         image, mask = dataset[i]
         images.append(image)
         masks.append(mask)
@@ -86,9 +87,10 @@ def work(rank: int, count: int, folder: str, config: dict, steps: int):
     torch.set_num_threads(CORES // count)
     alone = Trainer(config)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=count)
+    processes.share_images(config["image_processes"])
     together = Trainer(config)
     together.parallel.register_comm_hook(None, allreduce_hook)  # what it does anyway, but where it can be seen
-    images, masks = share_of_batch(config, rank, count)
+    images, masks = share_of_batch(config)
 
     seconds_together, seconds_alone = [], []
     for _ in range(steps + 2):
@@ -96,14 +98,16 @@ def work(rank: int, count: int, folder: str, config: dict, steps: int):
         with mock.patch("torch.distributed.all_reduce", counted):
             seconds_together.append(together.step(images, masks))
         with mock.patch("support.processes.all_reduce_sum", keep_to_oneself):
-            seconds_alone.append(alone.step(images, masks))
+            with mock.patch("support.processes.sum_over_group", keep_to_oneself):
+                seconds_alone.append(alone.step(images, masks))
     if rank == 0:
         with_exchange = statistics.median(seconds_together[2:])  # the first two warm up
         without_exchange = statistics.median(seconds_alone[2:])
         seconds = with_exchange if count > 1 else without_exchange
         result = {
             "processes": count,
-            "images_per_second": round(config["batch_size"] / seconds, 1),
+            "processes_of_an_image": config["image_processes"],
+            "images_per_second": round(config["batch_size"] / seconds, 2),
             "exchange_share": round(1 - without_exchange / with_exchange, 3),
             "bytes_sent": counted.bytes,
             "bytes_of_weights": sum(weight.nbytes for weight in together.model.parameters()),
@@ -120,18 +124,20 @@ def measure(count: int, config: dict, steps: int) -> dict:
 
 
 def main(quick: bool):
-    options = ["--train-images", "16"]
-    rounds, counts, steps = 3, [1, 2], 30
+    rounds, steps = 3, 30
+    large = ["--image-size", "512", "--batch-size", "1", "--width", "16", "--depth", "4", "--grid", "2x2", "--no-amp"]
+    contests = [(1, []), (2, []), (1, large), (2, large + ["--image-processes", "2"])]
     if quick:
-        options += ["--width", "2", "--comm-channels", "4"]
-        rounds, counts, steps = 1, [2], 3
-    config = parse(options, make_parser(""))
-    config.update(describe(config, show_progress))
+        small = ["--width", "2", "--comm-channels", "4", "--grid", "2x2", "--no-amp"]
+        rounds, steps = 1, 3
+        contests = [(2, small), (2, small + ["--image-processes", "2"])]
 
     folder = make_folder("distributed", quick)
     rows = []
     for i in range(rounds):
-        for count in counts:
+        for count, options in contests:
+            config = parse(options + ["--train-images", "16"], make_parser(""))
+            config.update(describe(config, show_progress))
             row = {"round": i}
             row.update(measure(count, config, steps))
             rows.append(row)

@@ -49,6 +49,7 @@ NETWORK = {
     "mean": [0.0, 0.0, 0.0],
     "std": [1.0, 1.0, 1.0],
     "amp": False,
+    "image_processes": 1,
 }
 SILENT, TALKING = "without communication", "with communication"
 MODELS = {  # what they change

@@ -11,7 +11,8 @@ from conftest import CPU
 import plan
 import train
 from comm_net import CommNet
-from experiments import benchmark, comm_channels, control, deepglobe, generalise, idea, loading, memory, norm, qualitative, reach
+from experiments import (benchmark, comm_channels, control, deepglobe, generalise, idea, loading, memory, norm, qualitative,
+                         reach, simulation)
 from experiments.common import read_rows
 from support import processes
 
@@ -108,9 +109,26 @@ def test_a_size_that_cannot_be_cut_is_named(capsys):
 
 def test_processes_exchange_their_gradients_once_and_the_sums_of_the_loss(folder):
     benchmark.main(["--distributed", "--quick"])
-    (row,) = read_rows(folder / "runs/distributed-quick/distributed.csv")
-    assert row["processes"] == 2
-    assert row["bytes_sent"] - row["bytes_of_weights"] == 32  # 8 sums of 4 bytes
+    of_batches, of_one_image = read_rows(folder / "runs/distributed-quick/distributed.csv")
+    assert of_batches["processes"] == 2
+    assert of_batches["processes_of_an_image"] == 1
+    assert of_batches["bytes_sent"] - of_batches["bytes_of_weights"] == 32  # 8 sums of 4 bytes
+
+    # Those that share images also add up, in both directions, a coarse map of 16 images, 4 channels and 8x8 cells; and
+    # the running statistics of encoder and decoder in float64: mean and variance of each channel, and the number of steps.
+    assert of_one_image["processes_of_an_image"] == 2
+    coarse_map = 4 * 16 * 4 * 8 * 8
+    channels = 2 * (2 + 4 + 8 + 16 + 8 + 4 + 2)
+    layers = 2 * 7
+    statistics = 8 * (2 * channels + layers)
+    assert of_one_image["bytes_sent"] - of_one_image["bytes_of_weights"] == 32 + 2 * coarse_map + statistics
+
+
+def test_a_step_on_paper_is_told_for_each_number_of_gpus(folder):
+    simulation.main(["--quick"])
+    lines = (folder / "runs/simulation-quick/simulation.md").read_text().splitlines()
+    gpus = [line.split("|")[2].strip() for line in lines]
+    assert gpus == ["GPUs", "---", "1", "2"]
 
 
 # Those of the loaders

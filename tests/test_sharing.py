@@ -68,7 +68,7 @@ def train_and_evaluate(case: str) -> list:
         statistics.append([buffer.clone() for buffer in model.buffers()])
     images = Subset(data, range(processes.group(), len(data), processes.groups()))
     scores = train.evaluate(model, DataLoader(images), config, [CPU])
-    pictures = train.predict_some(model, data, config, [CPU])
+    pictures, _ = train.predict_some(model, data, config, [CPU])
     gradients = [weight.grad for weight in model.parameters()]
     return [losses, statistics, scores, gradients, model.state_dict(), pictures["prediction"]]
 
