@@ -126,8 +126,11 @@ def measure(config: dict, names: list[str], rounds: int, device: torch.device) -
             contestants[name], peaks[name] = entered
             times[name] = []
     for _ in range(rounds):
-        for name, contestant in contestants.items():
-            times[name].append(contestant.seconds())
+        for name in list(contestants):
+            try:
+                times[name].append(contestants[name].seconds())
+            except torch.OutOfMemoryError:  # it fitted while there were fewer others
+                del contestants[name]
 
     rows = []
     for name in names:

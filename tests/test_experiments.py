@@ -101,6 +101,23 @@ def test_a_contestant_that_does_not_fit_is_out_of_memory(folder, monkeypatch, ca
     assert rows[-1]["time_ratio"] is None  # as there is no time of the plain U-Net
 
 
+def test_a_contestant_that_fitted_alone_but_not_beside_the_others_is_out_of_memory(folder, monkeypatch, capsys):
+    """On a GPU all contestants keep their weights there."""
+    seconds = benchmark.Contestant.seconds
+
+    def no_room_for_the_plain_network(self):
+        if self.config["comm_channels"] == 0:
+            raise torch.OutOfMemoryError
+        return seconds(self)
+
+    monkeypatch.setattr(plan, "predict", everything_fits)
+    monkeypatch.setattr(benchmark.Contestant, "seconds", no_room_for_the_plain_network)
+    benchmark.main("--sizes 32 --grid 2x2 --width 2 --depth 2 --comm-channels 8 --rounds 1".split())
+    *lines, _ = capsys.readouterr().out.splitlines()
+    for line in lines:
+        assert line.endswith("out of memory") == ("plain U-Net" in line)
+
+
 def test_a_size_that_cannot_be_cut_is_named(capsys):
     with pytest.raises(SystemExit, match="2"):
         benchmark.main(["--sizes", "64"])
