@@ -2,6 +2,7 @@
 
     python -m experiments.benchmark                                       # 5 minutes on two CPU cores
     python -m experiments.benchmark --sizes 8192 --grid 16x16 --only "recompute, bf16" --rounds 1    # 10 minutes
+    python -m experiments.benchmark --sizes 8192 --width 64 --channels 3 --classes 7 --comm-channels 64    # on a GPU
     python -m experiments.benchmark --distributed                         # two processes against one: distributed.py
     python -m experiments.benchmark --quick                               # seconds
 
@@ -67,7 +68,7 @@ class Contestant:
         train.set_training_mode(self.model, config["frozen"])
         self.optimizer = torch.optim.Adam(self.model.parameters(), fused=True)
         self.tiling = build_tiling(config, (height, width))
-        self.image = torch.rand(1, config["channels"], height, width)
+        self.image = torch.randint(0, 256, (1, config["channels"], height, width), dtype=torch.uint8)  # as in a picture
         self.mask = torch.randint(0, len(config["classes"]), (1, height, width), dtype=torch.uint8)
         self.step()  # warms up, and makes Adam's averages
 

@@ -6,7 +6,7 @@
 
 The network is the paper's: width 64, depth 4, dropout 0.1, K 64; one image of 3 channels and 7 classes. The plain U-Net
 has one GPU, the decomposed ones share 8x8 tiles among all there are. Where there is a GPU, real steps are made and its
-allocator asked for the peak, and a step that does not fit is "out of memory"; where there is none, 4 are pretended, and
+allocator asked for the peak, and a step that does not fit is "out of memory"; where there is none, some are pretended, and
 plan.py adds up the tensors alive (weights, gradients, Adam's averages, activations; not the workspace of convolutions).
 Results are added to runs/memory/memory.csv as they come, and what is there already is not made again. Writes memory.md,
 communication.md (the share of the communication network) and memory.png beside it.
@@ -31,9 +31,6 @@ from support.options import Parser, number
 from support.sizes import build_tiling
 
 GPUS = torch.cuda.device_count()
-MACHINE = "predicted"
-if GPUS > 0:
-    MACHINE = f"{GPUS} x {torch.cuda.get_device_name(0)}"
 NETWORK = {
     "width": 64,
     "depth": 4,
@@ -62,6 +59,12 @@ FULL = "out of memory"
 
 
 # The peak of each GPU
+
+def name_machine(gpus: int) -> str:
+    if GPUS > 0:
+        return f"{gpus} x {torch.cuda.get_device_name(0)}"
+    return f"{gpus} GPUs, predicted"
+
 
 def measure(case: dict, config: dict) -> list[dict]:
     """The rows of a case, one for each GPU."""
@@ -182,7 +185,9 @@ def draw(path: Path, rows: list[dict]):
         axes.axhline(card, color="gray", linestyle=":")
         axes.text(1.01, card, f"a card of\n{card} GiB", color="gray", va="center", fontsize=9,
                   transform=axes.get_yaxis_transform())
-    axes.set(xlabel="image", ylabel="peak memory of a GPU, GiB", title=f"One training step ({MACHINE})")
+    axes.set(xlabel="image", ylabel="peak memory of a GPU, GiB")
+    if rows:
+        axes.set_title(f"One training step ({rows[0]['machine']})")
     axes.grid(alpha=0.3)
     axes.plot([], [], "--", color="black", linewidth=1, label="the other GPUs")
     axes.legend(fontsize=9)
@@ -203,9 +208,11 @@ def main(arguments: list[str] | None = None):
     parser = Parser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--sizes", type=number(256), nargs="+", default=[512, 1024, 2048, 4096, 8192],
                         help="sides of the image")
+    parser.add_argument("--gpus", type=number(1), default=4, help="to pretend, where there is none")
     parser.add_argument("--quick", action="store_true", help="a smoke run")
     asked = parser.parse_args(arguments)
-    gpus = GPUS or 4
+    gpus = GPUS or asked.gpus
+    machine = name_machine(gpus)
     network = {**NETWORK, "gpus": gpus}
     if asked.quick:
         asked.sizes = [64, 128]
@@ -215,12 +222,12 @@ def main(arguments: list[str] | None = None):
     results = folder / "memory.csv"
     for size in asked.sizes:
         for name, changes in MODELS.items():
-            case = {"machine": MACHINE, "size": size, "model": name}
+            case = {"machine": machine, "size": size, "model": name}
             if not is_measured(results, case):
                 config = {**network, **changes, "image_size": (size, size)}
                 append_rows(results, measure(case, config))
 
-    rows = where(read_rows(results), machine=MACHINE)
+    rows = where(read_rows(results), machine=machine)
     save_tables(folder, rows, network)
     draw(folder / "memory.png", rows)
 
