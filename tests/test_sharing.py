@@ -1,5 +1,10 @@
 """One image over several processes, against one process that has all of it."""
 
+import json
+import re
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -11,7 +16,9 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, S
 import plan
 import train
 from support import processes
+from support.image_folder import ImageFolder
 from support.model import build_from_config
+from support.sizes import build_tiling
 
 WORLDS = [(2, 2), (3, 3), (4, 4), (4, 2), (2, 1)]  # processes, and how many of them share an image
 SIZE = (52, 40)  # with 3x2 tiles in cells of 4, no two rows or columns of tiles are of one size
@@ -22,23 +29,24 @@ CASES = {
     "without communication": {"overlap": 0, "comm_channels": 0},
     "several sizes": {"overlap": 0, "recompute": True, "batch_size": 1},
 }
+SHORT_RUN = "--train-images 32 --epochs 1 --batch-size 8 --width 4 --comm-channels 8 --no-amp".split()
 PLANNED = "--image-size 128 --grid 2x2 --image-processes 2"
 
 
 class Noise(Dataset):
-    """Four images of noise with masks of noise, of one size or of two."""
+    """Two images of noise with masks of noise, of one size or of two."""
 
     def __init__(self, several_sizes: bool):
-        self.sizes = [SIZE] * 4
+        self.sizes = [SIZE] * 2
         if several_sizes:
             self.sizes[1] = (24, 16)
         self.generator = torch.Generator()
 
     def __len__(self) -> int:
-        return 4
+        return 2
 
     def __getitem__(self, i: int):
-        if i >= 4:
+        if i >= 2:
             raise IndexError
         self.generator.manual_seed(i)
         image = torch.randn(1, *self.sizes[i], generator=self.generator)
@@ -49,7 +57,7 @@ class Noise(Dataset):
 def train_and_evaluate(case: str) -> list:
     """Two epochs, with what train.py uses: the first with the statistics of the batches, the second without."""
     torch.manual_seed(0)
-    config = {**CONFIG, "batch_size": 4, "grid": (3, 2), "image_size": SIZE, "dropout": 0.1, "image_processes": 4}
+    config = {**CONFIG, "batch_size": 2, "grid": (3, 2), "image_size": SIZE, "dropout": 0.1, "image_processes": 4}
     config.update(CASES[case])
     data = Noise(several_sizes=case == "several sizes")
     model = build_from_config(config)
@@ -113,6 +121,7 @@ def work(rank: int, folder: str):
         processes.share_images(shared)
         if (world, shared) == (2, 2):
             torch.save([measure_step(False), measure_step(True)], f"{folder}/measured-{rank}")
+            train.main(SHORT_RUN + ["--image-processes", "2", "--out", f"{folder}/run"])
         torch.set_default_dtype(torch.float64)
         float32 = torch.Tensor.float
         torch.Tensor.float = torch.Tensor.double  # the sums of the loss
@@ -150,7 +159,37 @@ def test_two_groups_of_two_learn_what_two_processes_do(case, results):
         torch.testing.assert_close(result, expected, rtol=1e-11, atol=1e-11)
 
 
+def test_a_run_of_two_processes_ends_with_the_scores_of_one(results, tmp_path):
+    train.main(SHORT_RUN + ["--out", str(tmp_path / "run")])
+    alone = json.loads((tmp_path / "run/metrics.json").read_text())
+    shared = json.loads((results / "run/metrics.json").read_text())
+    for split in ("val", "test"):
+        assert shared[split]["loss"] == pytest.approx(alone[split]["loss"], abs=1e-3)
+        assert shared[split]["iou"] == pytest.approx(alone[split]["iou"], abs=1e-3)
+
+
 # What it needs
+
+def bytes_read(path: Path) -> int:
+    """How much of a mapped file is in the memory of this process."""
+    (entry,) = re.findall(rf"{re.escape(str(path))}\n(?:.*\n)*?Rss: +(\d+) kB", Path("/proc/self/smaps").read_text())
+    return 1024 * int(entry)
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="only Linux tells which parts of a file are read")
+def test_a_process_reads_only_its_own_tiles_of_a_mapped_image_and_mask(tmp_path, monkeypatch):
+    np.save(tmp_path / "image.npy", np.ones((2048, 1024), np.float32))
+    np.save(tmp_path / "mask.npy", np.ones((2048, 1024), np.uint8))
+    image, mask = ImageFolder([(tmp_path / "image.npy", tmp_path / "mask.npy")])[0]
+    config = {**CONFIG, "grid": (8, 1), "image_size": mask.shape, "width": 2, "comm_channels": 4, "overlap": 0}
+    monkeypatch.setattr(processes, "image_processes", 8)  # this one is the first
+    monkeypatch.setattr(processes, "sum_over_group", torch.clone)
+    tiling = build_tiling(config, mask.shape)
+    train.batch_loss(build_from_config(config), image[None], mask[None], tiling, [CPU], config).backward()
+    # An eighth, and what the system reads ahead.
+    assert image.nbytes / 8 <= bytes_read(tmp_path / "image.npy") < image.nbytes / 2
+    assert mask.nbytes / 8 <= bytes_read(tmp_path / "mask.npy") < mask.nbytes
+
 
 @pytest.mark.parametrize("case, options", [(0, ""), (1, " --recompute")])
 def test_the_plan_of_a_process_is_what_it_needs_and_what_it_hands_over(case, options, results):
