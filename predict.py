@@ -21,12 +21,12 @@ import torch
 from PIL import Image  # comes with matplotlib
 
 from decompose import DecomposedUNet, Tiling
-from support import checkpoints, plots, processes
+from support import checkpoints, folders, plots, processes
 from support.command import one_line_errors
 from support.image_files import (DataError, class_indices, finite_blocks, read_deepglobe_mask, read_image, read_mask)
 from support.image_folder import find_files, name_of
 from support.model import load_model
-from support.options import Parser, check_folder, explain, new_folder, number, pair, show_progress
+from support.options import Parser, explain, number, pair, show_progress
 from support.scores import confusion, mean_iou, pixels_near_seam, scores
 from support.sizes import build_tiling
 from train import run_tiles
@@ -166,19 +166,27 @@ def make_parser() -> Parser:
 def main(arguments: list[str] | None = None):
     parser = make_parser()
     asked = parser.parse_args(arguments)
-    out = asked.out or new_folder("predictions")
     for name, count in Counter(path.stem for path in asked.images).items():
         if count > 1:
             parser.error(f"two images are named {name}, and so would be their masks; predict them one after the other")
     if asked.masks and not asked.masks.is_dir():
         parser.error(f"--masks {asked.masks}: no such folder")
-    if asked.masks and (out / "metrics.json").exists():
-        parser.error(f"{out / 'metrics.json'}: is there already; take another --out")
-    with one_line_errors(parser, out=out):
+    if asked.masks and asked.out and (asked.out / "metrics.json").exists():
+        parser.error(f"{asked.out / 'metrics.json'}: is there already; take another --out")
+    with one_line_errors(parser):
         model, config = load_model(asked.checkpoint)
         config["image_processes"] = 1  # however many trained it
-        check_folder(out)
+        folders.check_folder(asked.out or Path("predictions"))
+        out = asked.out or folders.new_folder("predictions")
+    try:
+        predict_all(model, config, asked, out, parser)
+    finally:
+        if asked.out is None:
+            folders.remove_if_empty(out)
 
+
+def predict_all(model: DecomposedUNet, config: dict, asked: argparse.Namespace, out: Path, parser: Parser):
+    """Predicts one image after the other, and says in one line why one cannot be. Exit status: see above."""
     devices = processes.find_devices(asked.gpus or torch.cuda.device_count(), "tiles")
     model.to(devices[0])
     counts = {}

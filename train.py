@@ -293,10 +293,10 @@ def main(arguments: list[str] | None = None):
                         "completed epoch, with its options; no other option goes with it")
     with one_line_errors(parser):
         config, out, state = processes.from_first(prepare_run, arguments, parser)
+    with one_line_errors(parser, config, out):
         processes.share_images(config["image_processes"])
         rows, columns = config["grid"]
         devices = processes.find_devices(config["gpus"], f"{rows}x{columns} tiles")
-    with one_line_errors(parser, config, out):
         train(config, devices, out, state)
 
 

@@ -5,17 +5,17 @@ import shlex
 from contextlib import contextmanager
 from pathlib import Path
 
-from support import checkpoints, processes
+from support import checkpoints, folders, processes
 from support.checkpoints import CheckpointError
 from support.datasets import describe
 from support.image_files import DataError
 from support.model import load_model
-from support.options import check_folder, explain, parse, show_progress
+from support.options import explain, parse, show_progress
 from support.run import STATE, Diverged
 
 
 def prepare_run(arguments: list[str] | None, parser) -> tuple[dict, Path, dict | None]:
-    """Reads the options and looks at all images, before anything is written.
+    """Reads the options, claims the folder of the run, and looks at all images before anything is written there.
 
     Returns the configuration, the folder of the run, and what its last.pt holds if the run goes on. Ends the program, or
     raises DataError or CheckpointError, if they do not fit together.
@@ -28,12 +28,28 @@ def prepare_run(arguments: list[str] | None, parser) -> tuple[dict, Path, dict |
         check_images(config)
         print(f"{out}: {len(state['rows'])} of {config['epochs']} epochs are done")
         return config, out, state
-    out = Path(asked["out"])
     check_processes(asked)
-    check_folder(out)  # before the long look at all images; the folder is made after that
-    config = asked | describe(asked, show_progress)
-    out.mkdir(parents=True, exist_ok=True)
-    return config, out, None
+    out = claim_folder(asked)
+    try:
+        config = asked | describe(asked, show_progress)
+    except BaseException:  # also Ctrl-C
+        folders.give_back(out)
+        raise
+    return config | {"out": str(out)}, out, None
+
+
+def claim_folder(asked: dict) -> Path:
+    """The folder of a new run, which belongs to it alone even before the long look at all images. DataError."""
+    if asked["out"] is not None:
+        out = Path(asked["out"])
+        folders.check_folder(out)
+    else:
+        rows, columns = asked["grid"]
+        name = f"runs/{asked['dataset']}-{rows}x{columns}-k{asked['comm_channels']}-seed{asked['seed']}"
+        folders.check_folder(Path(name))
+        out = folders.new_folder(name)
+    folders.claim(out, again=processes.CAN_RESTART)
+    return out
 
 
 def open_run(out: Path) -> tuple[dict, Path, dict]:
@@ -88,7 +104,8 @@ def check_images(config: dict):
 def one_line_errors(parser: argparse.ArgumentParser, config: dict | None = None, out: Path | None = None):
     """Inside, what a user can mend ends the program with one line that tells how, and exit status 2.
 
-    config, out: the options and the folder of the run, once they are known.
+    config, out: the options and the folder of the run, once they are known. The folder is taken away again if nothing was
+    written to it.
     """
     try:
         yield
@@ -111,3 +128,6 @@ def one_line_errors(parser: argparse.ArgumentParser, config: dict | None = None,
             raise
         parser.error(f"out of memory; this tells what would fit: python plan.py --run {shlex.quote(str(out))} "
                      f"--memory {processes.memory_gib():.3g}")
+    finally:
+        if out is not None and processes.is_first():
+            folders.give_back(out)

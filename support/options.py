@@ -1,16 +1,13 @@
-"""The command line of train.py and plan.py, and what all commands share: one line for an error, progress, new folders."""
+"""The command line of train.py and plan.py, and what all commands share: one line for an error, progress."""
 
 import argparse
-import itertools
 import math
-import os
 import sys
 from pathlib import Path
 
 import torch
 
-from support import checkpoints, processes
-from support.image_files import DataError
+from support import processes
 
 LARGE = 2**20  # the most that an option may be: with more, PyTorch overflows
 
@@ -187,47 +184,26 @@ def check_data(config: dict, parser: Parser):
 
 
 def choose_folder(config: dict, parser: Parser):
-    """Sets "out", and "resume" if torchrun restarts a run."""
-    if processes.CAN_RESTART and processes.REMEMBERS:
+    """Sets "out" to None if it is not given: the run will make a folder of its own. Sets "resume" if torchrun restarts a
+    run."""
+    config.setdefault("out", None)
+    if not processes.CAN_RESTART:
+        return
+    if processes.REMEMBERS:
         parser.error("torchrun --max-restarts: set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in front of it, or a restart may "
                      "find stale addresses (PyTorch issue 135712)")
-    if "out" not in config:
-        if processes.CAN_RESTART:
-            parser.error("torchrun --max-restarts: a run that is restarted needs to know its folder; give --out")
-        rows, columns = config["grid"]
-        config["out"] = new_folder(f"runs/{config['dataset']}-{rows}x{columns}-k{config['comm_channels']}"
-                                   f"-seed{config['seed']}")
-    elif processes.CAN_RESTART and (config["out"] / "last.pt").exists():
+    if config["out"] is None:
+        parser.error("torchrun --max-restarts: a run that is restarted needs to know its folder; give --out")
+    if (config["out"] / "last.pt").exists():
         config["resume"] = config["out"]
-    elif config["out"].is_dir() and not all(map(checkpoints.is_unfinished, config["out"].iterdir())):
-        parser.error(f"--out {config['out']}: this folder is not empty; name a new one, or go on with the run in it: "
-                     f"--resume {config['out']}")
 
 
-# Folders, errors, progress
+# Errors, progress
 
 def explain(error: OSError, path: Path) -> str:
     """One line for a file or folder that cannot be used; `path`, if the error names none."""
     return (f"{error.filename or path}: {error.strerror or error}; it must be open to you and its disk have space, or name "
             "another")
-
-
-def check_folder(path: Path):
-    """DataError: no files can be written there, even if it were made."""
-    there = path
-    while not there.exists():
-        there = there.absolute().parent
-    if not there.is_dir() or not os.access(there, os.W_OK):
-        raise DataError(f"--out {path}: cannot be written, as {there} is a file or closed to you; name another --out")
-
-
-def new_folder(name: str) -> Path:
-    """`name`, or if that exists already, `name-2`, `name-3`, ..."""
-    path = Path(name)
-    for i in itertools.count(2):
-        if not path.exists():
-            return path
-        path = Path(f"{name}-{i}")
 
 
 def show_progress(text: str):

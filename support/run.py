@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from support import checkpoints, plots, processes
+from support import checkpoints, folders, plots, processes
 from support.checkpoints import CheckpointError
 from support.options import show_progress
 
@@ -55,6 +55,8 @@ class Run:
                 self.started -= row["seconds"]
         else:
             self.save(self.out / "last.pt", self.state())
+            if processes.is_first():
+                folders.give_back(self.out)  # only the claim: now last.pt says that the folder is taken
         heading = "epoch  train loss  val loss"
         for name in self.config["classes"]:
             heading += f"  IoU {name}"
