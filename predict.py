@@ -154,7 +154,7 @@ def make_parser() -> Parser:
     parser = Parser(description="Segment images with a trained network, a tile at a time.")
     option = parser.add_argument
     option("checkpoint", type=Path, help="best.pt of a run of train.py")
-    option("images", type=Path, nargs="+", metavar="IMAGE", help="PNG, JPEG or .npy")
+    option("images", type=Path, nargs="+", metavar="IMAGE", help="PNG, JPEG, TIFF or .npy")
     option("--out", type=Path, help="folder to write to (default: a new one, predictions)")
     option("--gpus", type=number(1), help="GPUs to use (default: all there are)")
     option("--grid", type=pair, metavar="RxQ", help="rows x columns of tiles (default: as many as keep them no larger than "

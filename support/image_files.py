@@ -1,8 +1,8 @@
 """One image or one mask on disk: reading it, with one line for everything that cannot be read.
 
-Images: PNG or JPEG (grey or colour; transparency is left out), or .npy of shape (H,W) or (H,W,C), which is mapped into
-memory, so that only the tile at hand is read. Masks: class indices from 0 on, and 255 for pixels that shall not count;
-PNG (grey or with a palette) or .npy of shape (H,W).
+Images: PNG, JPEG or TIFF (grey or colour; transparency is left out), or .npy of shape (H,W) or (H,W,C), which is mapped
+into memory, so that only the tile at hand is read. Masks: class indices from 0 on, and 255 for pixels that shall not
+count; PNG or TIFF (grey or with a palette) or .npy of shape (H,W).
 What cannot be used raises DataError. Its message is one line: the file, what was expected, the fix.
 """
 
@@ -12,11 +12,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageOps  # comes with matplotlib, which reads a palette as colours where a mask needs its indices
+from PIL.ExifTags import Base as Tag
 from torch import Tensor
 
 from support.loss import IGNORE
 
-PICTURES = (".png", ".jpg", ".jpeg")
+PICTURES = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
+FORMATS = ("PNG", "JPEG", "TIFF")
 Image.MAX_IMAGE_PIXELS = None  # large images are what this project is for
 
 DEEPGLOBE = {  # class: red, green, blue
@@ -36,21 +38,68 @@ class DataError(ValueError):
 
 # Reading
 
-def open_picture(path: Path) -> Image.Image:
+def open_picture(path: Path) -> tuple[Image.Image, str]:
+    """A picture, and how its pixels are stored in Pillow's words, such as RGB;16B for colours of 16 bits. DataError."""
     if not path.is_file():
         kind = "a folder" if path.is_dir() else "no such file"
-        raise DataError(f"{path}: {kind}; name a PNG, a JPEG or an .npy")
+        raise DataError(f"{path}: {kind}; name a PNG, a JPEG, a TIFF or an .npy")
     try:
-        with Image.open(path, formats=("PNG", "JPEG")) as picture:
-            has_16_bits = ";16" in str(picture.tile)
+        with Image.open(path, formats=FORMATS) as picture:
+            if picture.format == "TIFF":
+                check_tiff(picture, path)
+            stored = how_stored(picture)
             picture.load()
+    except DataError:
+        raise
     except Image.UnidentifiedImageError:
-        raise DataError(f"{path}: cannot be read (no PNG or JPEG); replace it, or do without it") from None
+        if path.suffix.lower() in (".tif", ".tiff"):
+            raise needs_array(path, "no TIFF, or of a kind that Pillow does not read") from None
+        raise DataError(f"{path}: cannot be read (no PNG, JPEG or TIFF); replace it, or do without it") from None
     except Exception as error:  # a damaged file fails in as many ways as there are places in it
         raise DataError(f"{path}: cannot be read ({error}); replace it, or do without it") from None
-    if has_16_bits and not picture.mode.startswith("I"):  # Pillow has 16 bits for grey alone
+    if ";16" in stored and not picture.mode.startswith("I"):  # Pillow has 16 bits for grey alone
         raise DataError(f"{path}: a PNG of 16 bits in more than one channel, of which 8 would be read; save it as .npy")
-    return picture
+    return picture, stored
+
+
+def how_stored(picture: Image.Image) -> str:
+    arguments = picture.tile[0][-1]  # of the decoder: the kind of pixels, or that and more
+    return arguments if isinstance(arguments, str) else arguments[0]
+
+
+def check_tiff(picture: Image.Image, path: Path):
+    """DataError: Pillow would read only a part of a TIFF, or other numbers than it holds."""
+    tags = picture.tag_v2
+    bands = tags.get(Tag.SamplesPerPixel, 1)
+    bands_read = len(picture.getbands())
+    if bands > bands_read:
+        raise needs_array(path, f"a TIFF of {bands} bands, of which Pillow reads {bands_read}")
+    if bands > 1 and max(tags[Tag.BitsPerSample]) > 8:
+        raise needs_array(path, f"a TIFF of {bands} bands of more than 8 bits, of which Pillow reads 8")
+    signed = 2 in tags.get(Tag.SampleFormat, ())
+    if picture.mode in ("La", "LAB") or (picture.mode == "L" and signed):
+        raise needs_array(path, "a TIFF of Lab colours, signed bytes or multiplied transparency, which Pillow changes")
+    if picture.mode in ("I", "F") and tags.prefix == b"MM" and picture.info["compression"] != "raw":
+        raise needs_array(path, "a compressed TIFF with the high byte first, which Pillow turns round")
+    if count_pages(picture) > 1:
+        raise needs_array(path, f"a TIFF of {count_pages(picture)} pages, of which Pillow reads one")
+
+
+def count_pages(picture: Image.Image) -> int:
+    """The pages of a TIFF, without those that hold the first one again, but smaller, or its transparency."""
+    smaller, transparency = 1, 4
+    pages = 1
+    for page in range(1, picture.n_frames):
+        picture.seek(page)
+        if not picture.tag_v2.get(Tag.NewSubfileType, 0) & (smaller | transparency):
+            pages += 1
+    picture.seek(0)
+    return pages
+
+
+def needs_array(path: Path, what: str) -> DataError:
+    return DataError(f"{path}: {what}; make an .npy of it, with the package tifffile: import numpy, tifffile; "
+                     f"numpy.save({str(path.with_suffix('.npy'))!r}, tifffile.imread({str(path)!r}))")
 
 
 def open_array(path: Path, dimensions: tuple[int, ...], shape: str) -> np.ndarray:
@@ -69,25 +118,36 @@ def open_array(path: Path, dimensions: tuple[int, ...], shape: str) -> np.ndarra
 
 
 def read_image(path: Path) -> np.ndarray:
-    """(H,W,C) in the type of the file: uint8 or uint16 for pictures, any for .npy, which is mapped and not read."""
+    """(H,W,C) in the type of the file: uint8 or uint16 for most pictures. An .npy of any type is mapped and not read."""
     if path.suffix.lower() == ".npy":
         image = open_array(path, (2, 3), "(H,W) or (H,W,C)")
         if image.ndim == 3 and image.shape[2] > 64:
             raise DataError(f"{path}: an array of shape {image.shape} has {image.shape[2]} channels; (H,W,C) was "
                             "expected, so if it is (C,H,W) save array.transpose(1, 2, 0)")
     else:
-        image = picture_to_array(ImageOps.exif_transpose(open_picture(path)))  # cameras store how they were held
+        picture, stored = open_picture(path)
+        image = picture_to_array(ImageOps.exif_transpose(picture), stored)  # cameras store how they were held
     if image.ndim == 2:
         image = image[..., None]
     return image
 
 
-def picture_to_array(picture: Image.Image) -> np.ndarray:
+def picture_to_array(picture: Image.Image, stored: str) -> np.ndarray:
+    """(H,W) or (H,W,3) in the type of the file. stored: see `open_picture`."""
+    if picture.mode == "F":
+        return np.array(picture)
     if picture.mode.startswith("I"):
-        return np.array(picture).astype(np.uint16)
+        return np.array(picture).astype(type_of_integers(stored))
     if picture.mode in ("1", "L", "LA"):
         return np.array(picture.convert("L"))
     return np.array(picture.convert("RGB"))
+
+
+def type_of_integers(stored: str) -> type:
+    """The type of the numbers of more than 8 bits in a file; Pillow has a single one for them, of 32 bits."""
+    if "32" in stored:
+        return np.int32 if "S" in stored else np.uint32
+    return np.int16 if "S" in stored else np.uint16
 
 
 def read_mask(path: Path) -> np.ndarray:
@@ -95,14 +155,17 @@ def read_mask(path: Path) -> np.ndarray:
     if path.suffix.lower() == ".npy":
         mask = open_array(path, (2,), "(H,W)")
     else:
-        picture = open_picture(path)
-        if picture.format != "PNG":
-            raise DataError(f"{path}: a {picture.format} changes the values of a mask; save masks as PNG or .npy")
-        if picture.mode not in ("1", "L", "P") and not picture.mode.startswith("I"):
+        picture, stored = open_picture(path)
+        if "JPEG" in (picture.format, picture.info.get("compression", "").upper()):
+            raise DataError(f"{path}: JPEG changes the values of a mask; save masks as PNG or .npy")
+        if picture.mode in ("RGB", "RGBA", "LA", "PA", "CMYK", "YCbCr"):
             raise DataError(f"{path}: a mask in colour or with transparency ({picture.mode}) where class indices were "
                             "expected; for DeepGlobe take --dataset deepglobe, else save a PNG with one grey value per "
                             "class: 0, 1, 2, ...")
-        mask = np.array(picture)
+        if picture.mode in ("1", "L", "P"):
+            mask = np.array(picture)
+        else:
+            mask = picture_to_array(picture, stored)
     if mask.dtype.kind == "f":
         raise DataError(f"{path}: a mask of {mask.dtype} where whole numbers were expected; save mask.astype('uint8')")
     return mask
@@ -110,7 +173,7 @@ def read_mask(path: Path) -> np.ndarray:
 
 def read_deepglobe_mask(path: Path) -> np.ndarray:
     """(H,W) uint8. Colours are not always pure, so they are cut at 128; unknown (and red, which means nothing) is 255."""
-    picture = open_picture(path)
+    picture, _ = open_picture(path)
     if picture.mode not in ("RGB", "RGBA", "P"):
         raise DataError(f"{path}: a grey mask ({picture.mode}) where DeepGlobe's colours were expected; for class indices "
                         "take --dataset folder")

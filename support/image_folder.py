@@ -21,7 +21,7 @@ from support.image_files import DEEPGLOBE, PICTURES, DataError, read_deepglobe_m
 from support.loss import IGNORE
 
 SPLITS = ("train", "val", "test")
-UNREADABLE = (".tif", ".tiff", ".bmp", ".gif", ".webp", ".jp2", ".npz")
+UNREADABLE = (".bmp", ".gif", ".webp", ".jp2", ".npz")
 SPLIT_OF_THE_LITERATURE = Path(__file__).parent.parent / "experiments/deepglobe_split.txt"
 Pair = tuple[Path, Path]  # image, mask
 
@@ -45,7 +45,7 @@ def find_files(folder: Path, ending: str = "") -> dict[str, Path]:
         if path.name.startswith("."):
             continue
         if suffix in UNREADABLE:
-            raise DataError(f"{path}: only PNG, JPEG and .npy can be read; convert it, or move it elsewhere")
+            raise DataError(f"{path}: only PNG, JPEG, TIFF and .npy can be read; convert it, or move it elsewhere")
         if suffix not in (*PICTURES, ".npy") or not path.stem.endswith(ending):
             continue
         name = name_of(path, ending)
@@ -63,7 +63,7 @@ def name_of(path: Path, ending: str) -> str:
 def match(images: dict[str, Path], masks: dict[str, Path], folder: Path) -> dict[str, Pair]:
     """The pairs by their names. DataError: there are none, or one of a pair is missing."""
     if not images:
-        raise DataError(f"{folder}: no image ({', '.join(PICTURES)}, .npy); convert others, such as TIFF, to one of these")
+        raise DataError(f"{folder}: no image ({', '.join(PICTURES)}, .npy); convert others to one of these")
     for name in sorted(images.keys() ^ masks.keys()):
         path, other = (images[name], "mask") if name in images else (masks[name], "image")
         raise DataError(f"{path}: there is no {other} named {name}; the two files of a pair have the same name, so add or "

@@ -155,6 +155,12 @@ def test_an_image_that_was_taken_upside_down_is_turned_back(tmp_path):
 
 # One mask
 
+@pytest.mark.parametrize("suffix", [".png", ".tif"])
+def test_a_mask_of_one_bit_is_0_and_1(suffix, tmp_path):
+    path = save(tmp_path / f"mask{suffix}", MASK > 0)
+    assert np.array_equal(image_files.read_mask(path), MASK > 0)
+
+
 @pytest.mark.parametrize("mode", [None, "P"])
 def test_a_png_mask_is_the_indices_that_were_saved(mode, tmp_path):
     path = save(tmp_path / "mask.png", MASK, mode)
@@ -436,7 +442,7 @@ IN_COLOUR = ("3.png: a mask in colour or with transparency (RGB) where class ind
     (".png", MASK, "3.png: 16x24 pixels, but its mask 3.png has 12x20"),
     (".png", np.full((16, 24), 7, np.uint8), "3.png: holds the value 7; a mask holds 0 to 2, or 255"),
     (".png", zeros(16, 24, 3), IN_COLOUR),
-    (".jpg", zeros(16, 24), "a JPEG changes the values of a mask"),
+    (".jpg", zeros(16, 24), "JPEG changes the values of a mask"),
     (".npy", zeros(16, 24, kind=float), "a mask of float64 where whole numbers were expected"),
     (".npy", np.full((16, 24), -1), "holds the value -1"),
 ])
@@ -510,8 +516,8 @@ def save_colours_of_16_bits(image, mask):
     image.write_bytes(b"\x89PNG\r\n\x1a\n" + chunks)
 
 
-def call_the_image_a_tiff(image, mask):
-    image.rename(image.with_suffix(".tif"))
+def call_the_image_a_bitmap(image, mask):
+    image.rename(image.with_suffix(".bmp"))
 
 
 def call_the_image_an_array(image, mask):
@@ -519,16 +525,16 @@ def call_the_image_an_array(image, mask):
 
 
 @pytest.mark.parametrize("spoil, message", [
-    (delete_all_images, "no image (.png, .jpg, .jpeg, .npy)"),
+    (delete_all_images, "no image (.png, .jpg, .jpeg, .tif, .tiff, .npy)"),
     (delete_the_mask, "3.png: there is no mask named 3"),
     (delete_the_image, "3.png: there is no image named 3"),
     (rename_the_folder_of_the_masks, "train/masks: no such folder"),
     (add_an_image_of_the_same_name, "has the same name; keep one of the two"),
     (cut_off_the_end_of_the_image, "3.png: cannot be read"),
-    (write_text_in_the_place_of_the_image, "3.png: cannot be read (no PNG or JPEG)"),
+    (write_text_in_the_place_of_the_image, "3.png: cannot be read (no PNG, JPEG or TIFF)"),
     (empty_the_mask, "3.png: cannot be read"),
     (save_colours_of_16_bits, "a PNG of 16 bits in more than one channel"),
-    (call_the_image_a_tiff, "3.tif: only PNG, JPEG and .npy can be read"),
+    (call_the_image_a_bitmap, "3.bmp: only PNG, JPEG, TIFF and .npy can be read"),
     (call_the_image_an_array, "3.npy: cannot be read as an array"),
 ])
 def test_a_file_that_is_missing_or_broken_is_named(spoil, message, folder, capsys):

@@ -279,7 +279,7 @@ def test_a_broken_image_is_skipped_and_the_others_are_done(grey, tmp_path, capsy
 def save_good_and_bad_images(folder):
     save_black(folder / "grey.png")
     save_black(folder / "color.png", size=(32, 32, 3))
-    save_black(folder / "picture.tif")
+    save_black(folder / "picture.bmp")
     save(folder / "nan.npy", np.full((32, 32), np.nan))
     with open(folder / "archive.npy", "wb") as file:
         np.savez(file, image=np.zeros((32, 32)))
@@ -297,7 +297,7 @@ def read_all_files(folder):
     ("grey.png", "--gpus 0", "--gpus: '0' is not a number of 1 or more"),
     ("nan.npy", "", "nan.npy: holds nan"),
     ("archive.npy", "", "archive.npy: cannot be read as an array (an archive of several)"),
-    ("picture.tif", "", "picture.tif: cannot be read (no PNG or JPEG)"),
+    ("picture.bmp", "", "picture.bmp: cannot be read (no PNG, JPEG or TIFF)"),
     (".", "", ".: a folder; name a PNG"),
     ("grey.png", "--masks nowhere", "--masks nowhere: no such folder"),
     ("grey.png", "--out .", "grey.png: is there already"),

@@ -82,6 +82,7 @@ def place(tmp_path_factory):
     make_folder(place / "DIR", 12, size=(64, 64))
     make_deepglobe(place / "DIR", [str(i) for i in range(12)])
     save(place / "IMAGE.png", np.zeros((64, 64, 3), np.uint8))
+    save(place / "IMAGE.tif", np.zeros((64, 64, 3), np.uint8))
     save(place / "IMAGE.npy", np.zeros((64, 64, 3), np.uint8))
     save(place / "ANOTHER.npy", np.zeros((80, 99, 3), np.uint8))
     save(place / "MASKS/IMAGE.png", np.zeros((64, 64), np.uint8))
