@@ -11,6 +11,7 @@ Exit status: 0, all is done; 1, some images could not be, and each is named; 2, 
 """
 
 import argparse
+import functools
 import sys
 import time
 from collections import Counter, deque
@@ -23,11 +24,13 @@ from PIL import Image  # comes with matplotlib
 from decompose import DecomposedUNet, Tiling
 from support import checkpoints, folders, plots, processes
 from support.command import one_line_errors
-from support.image_files import (DataError, class_indices, finite_blocks, read_deepglobe_mask, read_image, read_mask)
+from support.image_files import (DataError, classes_in, count_pixels, drawn_in_white, finite_blocks, read_deepglobe_mask,
+                                 read_image, read_mask, single_class)
+from support.loss import IGNORE
 from support.image_folder import find_files, name_of
 from support.model import load_model
 from support.options import Parser, explain, number, pair, show_progress
-from support.scores import confusion, mean_iou, pixels_near_seam, scores
+from support.scores import confusion, mean_iou, pixels_near_seam, remarks, scores
 from support.sizes import build_tiling
 from train import run_tiles
 
@@ -131,9 +134,25 @@ def true_mask(masks: Path, path: Path, size: tuple[int, int], config: dict) -> n
     if truth.shape != size:
         raise DataError(f"{truth_path}: {truth.shape[0]}x{truth.shape[1]} pixels, but the image has "
                         f"{size[0]}x{size[1]}; they must be equal")
-    if not class_indices(truth, truth_path, len(config["classes"])):
+    pixels = count_pixels(truth, truth_path, len(config["classes"]))
+    if not classes_in(pixels):
         raise DataError(f"{truth_path}: no pixel counts; give a mask with a class")
+    if drawn_in_white(pixels) and not deepglobe and all_drawn_in_white(masks):
+        raise single_class(masks)
     return truth
+
+
+@functools.cache
+def all_drawn_in_white(masks: Path) -> bool:
+    """Whether all masks of the folder together hold 0 and 255 alone: one alone may well have nothing else."""
+    for path in find_files(masks).values():
+        try:
+            pixels = count_pixels(read_mask(path), path, IGNORE)
+        except DataError:  # it may belong to an image that nobody asks for
+            continue
+        if classes_in(pixels) - {0}:
+            return False
+    return True
 
 
 def score(mask: np.ndarray, truth: np.ndarray, tiling: Tiling, classes: int) -> torch.Tensor:
@@ -203,7 +222,7 @@ def predict_all(model: DecomposedUNet, config: dict, asked: argparse.Namespace, 
                 raise
             parser.error(f"{path}: out of memory; take a --grid of more tiles")
     if asked.masks and counts:
-        write_scores(counts, config["classes"], out)
+        write_scores(counts, config, out)
     if failed < len(asked.images):
         print(f"See {out}")
     if failed:
@@ -233,11 +252,14 @@ def predict_and_score(model: DecomposedUNet, config: dict, path: Path, asked: ar
     return counts
 
 
-def write_scores(counts: dict[str, torch.Tensor], classes: list[str], out: Path):
-    """metrics.json: the scores of each image, and of the pixels of all."""
+def write_scores(counts: dict[str, torch.Tensor], config: dict, out: Path):
+    """metrics.json: the scores of each image, and of the pixels of all. Prints what these do not show."""
+    classes = config["classes"]
     scored = {name: scores(count, classes) for name, count in counts.items()}
     scored["all"] = scores(sum(counts.values()), classes)
     checkpoints.write_json(out / "metrics.json", scored)
+    for line in remarks(scored["all"], config):
+        print(line)
 
 
 if __name__ == "__main__":

@@ -96,7 +96,7 @@ def check_images(config: dict):
     if config["dataset"] == "synthetic":
         return
     for name, value in describe(config, show_progress).items():
-        if config[name] != value:
+        if name in config and config[name] != value:  # a run that was begun before there was a name does not have it
             raise DataError(f"{config['data']}: the images are not those of the run; put them back, or train anew")
 
 

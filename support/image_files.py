@@ -6,6 +6,7 @@ count; PNG or TIFF (grey or with a palette) or .npy of shape (H,W).
 What cannot be used raises DataError. Its message is one line: the file, what was expected, the fix.
 """
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -225,16 +226,30 @@ def finite_blocks(image: np.ndarray, path: Path) -> Iterator[Tensor]:
         yield x
 
 
-def class_indices(mask: np.ndarray, path: Path, classes: int) -> set[int]:
-    """The class indices that occur. DataError: a value is none of 0 ... classes - 1, and not IGNORE."""
-    found = set()
+def count_pixels(mask: np.ndarray, path: Path, classes: int) -> Counter:
+    """How many pixels each value has: class indices, and IGNORE. DataError: a value is neither of 0 ... classes - 1 nor
+    IGNORE."""
+    pixels = Counter()
     for block in blocks(mask):
-        values = block[block != IGNORE]
-        if values.size == 0:
-            continue
-        for value in (values.min(), values.max()):
-            if not 0 <= value < classes:
+        values, numbers = np.unique(block, return_counts=True)
+        for value, number in zip(values.tolist(), numbers.tolist()):
+            if value != IGNORE and not 0 <= value < classes:
                 raise DataError(f"{path}: holds the value {value}; a mask holds 0 to {classes - 1}, or {IGNORE} for pixels "
                                 "that do not count")
-        found |= set(np.unique(values).tolist())
-    return found
+            pixels[int(value)] += number
+    return pixels
+
+
+def classes_in(pixels: Counter) -> set[int]:
+    """The class indices among the values of masks."""
+    return set(pixels) - {IGNORE}
+
+
+def drawn_in_white(pixels: Counter) -> bool:
+    """Whether masks hold 0 and 255 alone. Then 255 is rather an object drawn in white than what does not count."""
+    return set(pixels) == {0, IGNORE}
+
+
+def single_class(folder: Path) -> DataError:
+    return DataError(f"{folder}: the masks know a single class, 0; save the others as 1, 2, ... (a pixel of {IGNORE} does "
+                     "not count: if it shall be a class, save it as 1)")

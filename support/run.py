@@ -1,7 +1,8 @@
 """A run: what training changes, kept so that it can go on after an interruption, and what it leaves in its folder.
 
     last.pt           after every epoch: all that --resume needs to go on as if nothing had happened
-    best.pt           the network of the epoch with the best mean IoU on the validation images, and the number of that epoch
+    best.pt           the network of the epoch with the best mean IoU on the validation images, and the number of that epoch;
+                      of the last epoch, if these images lack a class that is to be learned
     log.csv           a row for each epoch
     metrics.json      at the end: the options, the scores, time and memory
     curves.png        losses and scores of the epochs
@@ -20,6 +21,7 @@ from torch import Tensor
 from support import checkpoints, folders, plots, processes
 from support.checkpoints import CheckpointError
 from support.options import show_progress
+from support.scores import remarks
 
 STATE = ("config", "rows", "best", "model", "optimizer", "schedule", "order", "random")  # the entries of last.pt
 
@@ -133,12 +135,19 @@ class Run:
 
         In this order, `repair_best` can undo a kill between the two.
         """
-        better = self.best is None or validation["mean_iou"] > self.best["mean_iou"]
+        better = self.is_best(validation)
         if better:
             self.best = {"epoch": self.epochs_done(), **validation}
         self.save(self.out / "last.pt", self.state())
         if better:
             self.save_best()
+
+    def is_best(self, validation: dict) -> bool:
+        """Whether these are the best validation scores so far. Of equal ones the later are, as more was learned. So are the
+        last of all, where a class does not occur in the validation masks: a network that never finds it scores best."""
+        if self.best is None or self.config.get("not_in_val"):
+            return True
+        return validation["mean_iou"] >= self.best["mean_iou"]
 
     def save_best(self):
         state = {"config": self.config, "epoch": self.best_epoch(), "model": self.model.state_dict()}
@@ -211,10 +220,13 @@ class Run:
             plots.draw_predictions(unfinished, pictures, boxes, classes, colors)
 
     def print_result(self, metrics: dict):
-        print(f"\ntest IoU of the best epoch, in {metrics['seconds']:.0f} seconds:")
+        chosen = "last" if self.config.get("not_in_val") else "best"
+        print(f"\ntest IoU of the {chosen} epoch, in {metrics['seconds']:.0f} seconds:")
         for name, score in metrics["test"]["iou"].items():
             print(f"  {name:12} {score:.4f}")
         print(f"  {'mean':12} {metrics['test']['mean_iou']:.4f}")
+        for line in remarks(metrics["test"], self.config):
+            print(line)
         loss = metrics["loss_of_training_images"]
         print(compare_losses(loss["training_mode"], loss["evaluation_mode"], self.config["freeze_batch_norm"]))
         if metrics["seconds_waited"] > 0.1 * metrics["train_seconds"]:

@@ -62,11 +62,42 @@ def mean_iou(counts: Tensor) -> float:
 
 
 def scores(counts: Tensor, classes: list[str]) -> dict:
-    """(2,L,L) counts -> IoU of all pixels, and mean IoU of those near seams and of those away from them."""
+    """(2,L,L) counts -> IoU of all pixels, and mean IoU of those near seams and of those away from them. And the classes
+    that the true masks lack, of which the scores say nothing, and those that are never predicted."""
     away, near = counts
     everywhere = away + near
     return {
         "mean_iou": mean_iou(everywhere),
         "iou": dict(zip(classes, iou(everywhere).tolist())),
         "seam": {"mean_iou_border": mean_iou(near), "mean_iou_interior": mean_iou(away)},
+        "not_in_masks": names_without(everywhere.sum(dim=1), classes),
+        "never_predicted": names_without(everywhere.sum(dim=0), classes),
     }
+
+
+def names_without(pixels: Tensor, classes: list[str]) -> list[str]:
+    """The names of the classes that have no pixel. pixels: (L,)."""
+    names = []
+    for name, number in zip(classes, pixels.tolist()):
+        if number == 0:
+            names.append(name)
+    return names
+
+
+def remarks(found: dict, config: dict) -> list[str]:
+    """Lines on what the numbers of `scores` do not show. They are silent about classes that training never saw."""
+    pixels_learned = config.get("class_pixels", [1] * len(config["classes"]))  # older checkpoints do not tell
+    absent, missed = [], []
+    for name, pixels in zip(config["classes"], pixels_learned):
+        if pixels == 0:
+            continue
+        if name in found["not_in_masks"]:
+            absent.append(name)
+        elif name in found["never_predicted"]:
+            missed.append(name)
+    lines = []
+    if absent:
+        lines.append(f"the true masks hold no {' or '.join(absent)}, so the mean IoU says nothing about that")
+    if missed:
+        lines.append(f"never predicted, although the true masks hold it: {', '.join(missed)}; more --epochs may help")
+    return lines

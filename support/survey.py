@@ -1,5 +1,6 @@
 """One look at all images and masks of a folder before training: what they hold, and whether they go together."""
 
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -7,7 +8,8 @@ import matplotlib
 import numpy as np
 import torch
 
-from support.image_files import DEEPGLOBE, DataError, class_indices, finite_blocks, read_image, white
+from support.image_files import (DEEPGLOBE, DataError, classes_in, count_pixels, drawn_in_white, finite_blocks, read_image,
+                                 single_class, white)
 from support.image_folder import ImageFolder
 from support.loss import IGNORE
 
@@ -39,17 +41,19 @@ def survey(folders: dict[str, ImageFolder], names: list[str] | None,
     """Reads every pair of train, val and test once. names: of the classes, if they are known. DataError.
 
     Returns what the images tell: channels; dtype; classes and colors; mean and std of each channel of the training
-    images, where white is 1. And the sizes of the training images: {(H, W): an image of that size}.
+    images, where white is 1; class_pixels, how many pixels of each class the training masks hold; not_in_val, the classes
+    of these that the masks for val lack. And the sizes of the training images: {(H, W): an image of that size}.
     """
     total = sum(len(folder) for folder in folders.values())
     classes = len(names) if names is not None else IGNORE
     statistics = Statistics()
     sizes = {}
     kinds = {}  # of image: the first image of that kind
-    occurring = {}  # classes in each split
+    pixels = {}  # of each value of a mask, in each split
+    pixels_of_folder = {}  # the same in each folder, from which several splits may be drawn
     done = 0
     for split, folder in folders.items():
-        occurring[split] = set()
+        pixels[split] = Counter()
         for image_path, mask_path in folder.pairs:
             done += 1
             progress(f"looking at image {done} of {total}")
@@ -58,23 +62,30 @@ def survey(folders: dict[str, ImageFolder], names: list[str] | None,
             kinds.setdefault(f"{image.shape[2]}-channel {image.dtype}", image_path)
             check_pair(image, image_path, mask, mask_path, folder.crop)
             check_kinds(kinds, image_path)
-            occurring[split] |= class_indices(mask, mask_path, classes)
+            counts = count_pixels(mask, mask_path, classes)
+            pixels[split].update(counts)
+            pixels_of_folder.setdefault(mask_path.parent, Counter()).update(counts)
             for block in finite_blocks(image, image_path):
                 if split == "train":
                     statistics.add(block)
             if split == "train":
                 sizes.setdefault(mask.shape, image_path)
-        if not occurring[split]:
+        if not classes_in(pixels[split]):
             raise DataError(f"{mask_path.parent}: no pixel of the masks for {split} counts, all are {IGNORE}; add a mask "
                             "with a class")
     progress("")
+    found = classes_in(sum(pixels.values(), Counter()))
     if names is None:
-        names = number_classes(set.union(*occurring.values()), mask_path.parent)
-    elif set.union(*occurring.values()) == {0}:
+        names = number_classes(found, mask_path.parent)
+    elif found == {0}:
         raise single_class(mask_path.parent)
+    check_white(pixels_of_folder, names)
+    missing = missing_classes(pixels, names)
+    say_missing(missing)
     mean, std = statistics.mean_and_std()
+    class_pixels = [pixels["train"][label] for label in range(len(names))]
     known = {"channels": image.shape[2], "dtype": str(image.dtype), "classes": names, "colors": class_colors(names),
-             "mean": mean, "std": std}
+             "mean": mean, "std": std, "class_pixels": class_pixels, "not_in_val": missing["val"]}
     return known, sizes
 
 
@@ -96,9 +107,45 @@ def check_kinds(kinds: dict[str, Path], path: Path):
         raise DataError(f"{path}: {second}, but {first_path.name} is {first}; convert the images to one kind")
 
 
-def single_class(folder: Path) -> DataError:
-    return DataError(f"{folder}: the masks know a single class, 0; save the others as 1, 2, ... (a pixel of {IGNORE} does "
-                     "not count: if it shall be a class, save it as 1)")
+def check_white(pixels_of_folder: dict[Path, Counter], names: list[str]):
+    """DataError: the masks of a folder hold 0 and 255 alone. DeepGlobe's colours have no such mistake."""
+    if names == list(DEEPGLOBE):
+        return
+    for folder, pixels in pixels_of_folder.items():
+        if drawn_in_white(pixels):
+            raise single_class(folder)
+
+
+def missing_classes(pixels: dict[str, Counter], names: list[str]) -> dict[str, list[str]]:
+    """The classes that val and test lack although train has them, that train lacks although another split has them, and
+    that none has ("all")."""
+    missing = {"train": [], "val": [], "test": [], "all": []}
+    for label, name in enumerate(names):
+        having = [split for split in pixels if pixels[split][label] > 0]
+        if not having:
+            missing["all"].append(name)
+        elif "train" not in having:
+            missing["train"].append(name)
+        else:
+            for split in pixels.keys() - having:
+                missing[split].append(name)
+    if names == list(DEEPGLOBE):
+        missing["all"].remove("unknown")  # which never counts
+    return missing
+
+
+def say_missing(missing: dict[str, list[str]]):
+    """A line for each split that lacks a class."""
+    effects = {
+        "train": "no mask for train holds {}, so it cannot be learned; put images with it into train",
+        "val": "no mask for val holds {}, so val cannot tell how well it is found, and best.pt will be the last epoch "
+               "instead of the one with the best mean IoU; put images with it into val",
+        "test": "no mask for test holds {}, so the test scores will say nothing about it; put images with it into test",
+        "all": "no mask holds {}, although it is among the names of the classes",
+    }
+    for split, names in missing.items():
+        if names:
+            print(effects[split].format(" or ".join(names)))
 
 
 def number_classes(found: set[int], folder: Path) -> list[str]:

@@ -181,6 +181,23 @@ def test_a_run_without_numbers_in_its_checkpoints_goes_on(tmp_path):
     assert_best_is_the_best(run)
 
 
+def test_of_epochs_with_equal_scores_the_last_is_the_best(tmp_path):
+    run = new_run(tmp_path)
+    begin(run)
+    train_epochs(run, [0.25, 0.75, 0.75, 0.5])
+    assert run.best_epoch() == 3
+
+
+def test_the_last_epoch_is_the_best_where_the_validation_masks_lack_a_class(tmp_path):
+    run = new_run(tmp_path)
+    run.config = {**CONFIG, "not_in_val": ["a"]}
+    begin(run)
+    train_epochs(run, [1.0, 0.75, 0.5])
+    assert checkpoints.load(tmp_path / "best.pt")["epoch"] == 3
+    run.load_best()
+    assert run.model.weight.item() == 0.5
+
+
 def test_a_best_epoch_that_is_lost_is_named(tmp_path):
     finished_run(tmp_path)
     state = checkpoints.load(tmp_path / "best.pt")

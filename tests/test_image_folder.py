@@ -567,6 +567,65 @@ def test_masks_of_a_single_class_are_named(folder_without_names, capsys):
     assert_refused(folder_without_names, "know a single class", capsys)
 
 
+# An object drawn in white, and classes that a split lacks
+
+def draw(folder, *values):
+    """The masks of a folder hold nothing but these values."""
+    for path in folder.iterdir():
+        save(path, RNG.choice(values, (16, 24)).astype(np.uint8))
+
+
+def survey_of(root, names=None):
+    return survey(image_folder.open_folder(root, deepglobe=False, seed=0), names)
+
+
+@pytest.mark.parametrize("split", ["train", "val", "test"])
+def test_masks_of_a_split_that_hold_0_and_255_alone_are_refused(split, tmp_path):
+    make_folder(tmp_path, 3, splits=("train", "val", "test"))
+    draw(tmp_path / split / "masks", 0, 255)
+    with pytest.raises(image_files.DataError, match=f"{split}/masks: the masks know a single class, 0; save the others as 1"):
+        survey_of(tmp_path)
+
+
+def test_a_single_mask_of_0_and_255_is_fine_even_if_it_is_all_of_a_split_that_is_drawn(tmp_path):
+    make_folder(tmp_path, 12)
+    (image, mask), = image_folder.find_pairs(tmp_path, seed=0)["val"]
+    save(mask, RNG.choice([0, 255], (16, 24)).astype(np.uint8))
+    known, _ = survey_of(tmp_path)
+    assert known["not_in_val"] == ["class 1", "class 2"]
+
+
+@pytest.fixture
+def lacking(tmp_path):
+    """Masks with classes 0, 1, 2 for train, 0, 3 for val, and 0, 1, 2, 3 for test; and the names of five classes."""
+    make_folder(tmp_path, 3, splits=("train", "val", "test"))
+    draw(tmp_path / "val/masks", 0, 3)
+    draw(tmp_path / "test/masks", 0, 1, 2, 3)
+    return tmp_path, ["ground", "water", "house", "road", "snow"]
+
+
+def test_a_class_that_a_split_lacks_is_named_once(lacking, capsys):
+    survey_of(*lacking)
+    train, val, never = capsys.readouterr().out.splitlines()
+    assert train.startswith("no mask for train holds road, so it cannot be learned")
+    assert val.startswith("no mask for val holds water or house, so val cannot tell")
+    assert never.startswith("no mask holds snow, although")
+
+
+def test_the_survey_tells_the_pixels_of_each_class_in_training_and_what_val_lacks(lacking):
+    root, names = lacking
+    known, _ = survey_of(root, names)
+    masks = np.concatenate([np.array(Image.open(path)) for path in (root / "train/masks").iterdir()])
+    assert known["class_pixels"] == [(masks == label).sum() for label in range(5)]
+    assert known["not_in_val"] == ["water", "house"]
+
+
+def test_nothing_is_said_where_every_split_has_every_class(tmp_path, capsys):
+    make_folder(tmp_path, 3, splits=("train", "val", "test"))
+    survey_of(tmp_path)
+    assert capsys.readouterr().out == ""
+
+
 def test_a_gap_between_the_numbers_of_the_classes_is_named(folder_without_names, capsys):
     values = [0, 100, 200, 0, 100, 200]
     for i, value in enumerate(values):

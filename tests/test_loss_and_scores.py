@@ -7,7 +7,7 @@ from torch import Tensor
 
 from decompose import Tiling
 from support.loss import IGNORE, loss_from_sums, loss_sums
-from support.scores import confusion, iou, mean_iou, pixels_near_seam, scores
+from support.scores import confusion, iou, mean_iou, pixels_near_seam, remarks, scores
 
 AWAY = torch.tensor(False)  # no pixel is near a seam
 
@@ -113,6 +113,24 @@ def test_a_class_that_is_predicted_but_never_true_is_a_miss_for_the_true_one_and
     counts = count(predicted=[0, 2, 2, 1], mask=[0, 0, IGNORE, 1])
     assert iou(counts).tolist() == [0.5, 1, 0]
     assert mean_iou(counts) == 0.75
+
+
+def test_classes_that_the_scores_cannot_see_and_those_that_are_never_predicted_are_named():
+    counts = count(predicted=[0, 1, 0], mask=[0, 0, 2])
+    found = scores(torch.stack([counts, counts]), ["ground", "water", "house"])
+    assert found["not_in_masks"] == ["water"]
+    assert found["never_predicted"] == ["house"]
+    absent, missed = remarks(found, {"classes": ["ground", "water", "house"]})
+    assert absent == "the true masks hold no water, so the mean IoU says nothing about that"
+    assert missed.startswith("never predicted, although the true masks hold it: house")
+
+
+def test_a_class_that_training_never_saw_is_not_named_again():
+    counts = count(predicted=[0, 0], mask=[0, 2])
+    found = scores(torch.stack([counts, counts]), ["a", "b", "c"])
+    config = {"classes": ["a", "b", "c"], "class_pixels": [5, 0, 5]}
+    (line,) = remarks(found, config)
+    assert line.endswith("hold it: c; more --epochs may help")
 
 
 # Seams

@@ -252,6 +252,23 @@ def test_with_a_true_mask_of_which_no_pixel_counts_nothing_is_written(grey, tmp_
     assert not (tmp_path / "out").exists()
 
 
+def test_true_masks_of_0_and_255_alone_are_refused(grey, tmp_path, capsys):
+    image = save_black(tmp_path / "a.png")
+    for name in ("a", "b"):
+        save(tmp_path / f"masks/{name}.png", RNG.choice([0, 255], (32, 32)).astype(np.uint8))
+    assert run(grey, image, "--masks", tmp_path / "masks", "--out", tmp_path / "out") == 2
+    assert "masks: the masks know a single class, 0; save the others as 1" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_true_mask_of_0_and_255_among_others_is_used(grey, tmp_path, capsys):
+    image = save_black(tmp_path / "a.png")
+    save(tmp_path / "masks/a.png", RNG.choice([0, 255], (32, 32)).astype(np.uint8))
+    save(tmp_path / "masks/b.png", np.ones((32, 32), np.uint8))
+    assert run(grey, image, "--masks", tmp_path / "masks", "--out", tmp_path / "out") == 0
+    assert "the true masks hold no line or circle, so the mean IoU says nothing about that" in capsys.readouterr().out
+
+
 def test_scores_that_are_there_are_not_replaced(grey, tmp_path, capsys):
     image = save_black(tmp_path / "a.png")
     folder = grey.parent
