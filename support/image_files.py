@@ -2,7 +2,7 @@
 
 Images: PNG, JPEG or TIFF (grey or colour; transparency is left out), or .npy of shape (H,W) or (H,W,C), which is mapped
 into memory, so that only the tile at hand is read. Masks: class indices from 0 on, and 255 for pixels that shall not
-count; PNG or TIFF (grey or with a palette) or .npy of shape (H,W).
+count; PNG or TIFF (grey, with a palette, or with red, green and blue all equal), or .npy of shape (H,W).
 What cannot be used raises DataError. Its message is one line: the file, what was expected, the fix.
 """
 
@@ -113,9 +113,10 @@ def open_array(path: Path, dimensions: tuple[int, ...], shape: str) -> np.ndarra
         raise DataError(f"{path}: cannot be read as an array ({error}); save it again with numpy.save") from None
     if array.ndim not in dimensions or 0 in array.shape:
         raise DataError(f"{path}: an array of shape {array.shape} where {shape} was expected")
-    if array.dtype.kind not in "buif" or array.dtype.itemsize > 8 or not array.dtype.isnative:
+    if array.dtype.kind not in "buif" or array.dtype.itemsize > 8:
         raise DataError(f"{path}: an array of {array.dtype} where numbers were expected; convert it with .astype")
-    return array
+    native = array.dtype.newbyteorder("=")
+    return array.astype(native, copy=False)  # PyTorch knows no other byte order: such an array is read as a whole
 
 
 def read_image(path: Path) -> np.ndarray:
@@ -154,22 +155,70 @@ def type_of_integers(stored: str) -> type:
 def read_mask(path: Path) -> np.ndarray:
     """(H,W) class indices in the type of the file."""
     if path.suffix.lower() == ".npy":
-        mask = open_array(path, (2,), "(H,W)")
+        mask = array_to_mask(open_array(path, (2, 3), "(H,W)"), path)
     else:
-        picture, stored = open_picture(path)
-        if "JPEG" in (picture.format, picture.info.get("compression", "").upper()):
-            raise DataError(f"{path}: JPEG changes the values of a mask; save masks as PNG or .npy")
-        if picture.mode in ("RGB", "RGBA", "LA", "PA", "CMYK", "YCbCr"):
-            raise DataError(f"{path}: a mask in colour or with transparency ({picture.mode}) where class indices were "
-                            "expected; for DeepGlobe take --dataset deepglobe, else save a PNG with one grey value per "
-                            "class: 0, 1, 2, ...")
-        if picture.mode in ("1", "L", "P"):
-            mask = np.array(picture)
-        else:
-            mask = picture_to_array(picture, stored)
+        mask = picture_to_mask(path)
     if mask.dtype.kind == "f":
         raise DataError(f"{path}: a mask of {mask.dtype} where whole numbers were expected; save mask.astype('uint8')")
     return mask
+
+
+def array_to_mask(array: np.ndarray, path: Path) -> np.ndarray:
+    """(H,W) from an array that may have one channel. DataError: it has several."""
+    if array.ndim == 2:
+        return array
+    if array.shape[2] == 1:
+        return array[..., 0]
+    if array.shape[0] == 1:
+        return array[0]
+    axis, first = (2, "mask[..., 0]") if array.shape[2] <= array.shape[0] else (0, "mask[0]")
+    raise DataError(f"{path}: an array of shape {array.shape} where (H,W) was expected; if it is one-hot, save "
+                    f"mask.argmax({axis}).astype('uint8'), or if its channels are all equal, save {first}")
+
+
+def picture_to_mask(path: Path) -> np.ndarray:
+    picture, stored = open_picture(path)
+    if "JPEG" in (picture.format, picture.info.get("compression", "").upper()):
+        raise DataError(f"{path}: JPEG changes the values of a mask; save masks as PNG or .npy")
+    if picture.mode in ("1", "P"):
+        return np.array(picture)
+    if picture.mode == "L":
+        if ";" in stored and "I" in stored:
+            raise DataError(f"{path}: a TIFF in which 0 is white, so that its values are turned round; save it as PNG")
+        return np.array(picture) // grey_step(stored)
+    if picture.mode == "F" or picture.mode.startswith("I"):
+        return picture_to_array(picture, stored)
+    mask = equal_bands(picture)
+    if mask is None:
+        raise DataError(f"{path}: a mask in colour or with transparency ({picture.mode}) where class indices were "
+                        "expected; for DeepGlobe take --dataset deepglobe, else save a PNG with one grey value per "
+                        "class: 0, 1, 2, ...")
+    return mask
+
+
+def grey_step(stored: str) -> int:
+    """How far Pillow draws apart the grey values of a picture of 2 or 4 bits, so that the last one is 255."""
+    if stored.startswith("L;2"):
+        return 85
+    if stored.startswith("L;4"):
+        return 17
+    return 1
+
+
+def equal_bands(picture: Image.Image) -> np.ndarray | None:
+    """(H,W), the red, green and blue of a picture if they are all equal and its transparency is everywhere the same."""
+    if picture.mode not in ("LA", "RGB", "RGBA"):
+        return None
+    bands = list(picture.split())
+    if picture.mode in ("LA", "RGBA"):
+        lowest, highest = bands.pop().getextrema()
+        if lowest < highest:
+            return None
+    first = np.array(bands[0])
+    for band in bands[1:]:
+        if not np.array_equal(first, band):
+            return None
+    return first
 
 
 def read_deepglobe_mask(path: Path) -> np.ndarray:

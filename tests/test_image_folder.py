@@ -49,6 +49,29 @@ def save(path, array, mode=None):
     return path
 
 
+def png_chunk(name, data):
+    length = struct.pack(">I", len(data))
+    checksum = struct.pack(">I", zlib.crc32(name + data))
+    return length + name + data + checksum
+
+
+def write_png(path, size, bits, kind, rows):
+    """A PNG of a kind that Pillow cannot write. kind: 0, grey, or 2, colour. rows: each begins with the byte of its filter."""
+    height, width = size
+    header = png_chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, bits, kind, 0, 0, 0))
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + header + png_chunk(b"IDAT", zlib.compress(rows)) + png_chunk(b"IEND", b""))
+
+
+def save_grey_png(path, mask, bits):
+    """A grey PNG of 2 or 4 bits."""
+    rows = b""
+    for values in mask:
+        row = "".join(f"{value:0{bits}b}" for value in values)
+        row += "0" * (-len(row) % 8)
+        rows += b"\0" + int(row, 2).to_bytes(len(row) // 8, "big")
+    write_png(path, mask.shape, bits, kind=0, rows=rows)
+
+
 def save_pair(root, split, name, image, mask):
     save(root / split / f"images/{name}.png", image)
     save(root / split / f"masks/{name}.png", mask)
@@ -84,10 +107,13 @@ def make_deepglobe(root, names, size=(24, 32)):
     ("deep.png", DEEP),
     ("flat.npy", DEEP),
     ("two values.npy", GREY > 99),
+    ("high byte first.npy", DEEP.astype(">u2")),
+    ("high byte first.npy", RNG.random((12, 20)).astype(">f4")),
 ])
 def test_an_image_without_channels_is_what_was_saved_and_has_one(name, array, tmp_path):
     image = image_files.read_image(save(tmp_path / name, array))
-    assert image.dtype == array.dtype
+    assert image.dtype == array.dtype.newbyteorder("=")
+    assert torch.from_numpy(image).shape == (12, 20, 1)
     assert np.array_equal(image, array[..., None])
 
 
@@ -155,6 +181,41 @@ def test_an_image_that_was_taken_upside_down_is_turned_back(tmp_path):
 
 # One mask
 
+@pytest.mark.parametrize("channels", [
+    [MASK, MASK, MASK],
+    [MASK, MASK, MASK, np.full_like(MASK, 255)],
+    [MASK, MASK, MASK, np.zeros_like(MASK)],
+])
+@pytest.mark.parametrize("suffix", [".png", ".tif"])
+def test_a_mask_with_red_green_and_blue_all_equal_is_grey(suffix, channels, tmp_path):
+    path = save(tmp_path / f"mask{suffix}", np.dstack(channels))
+    assert np.array_equal(image_files.read_mask(path), MASK)
+
+
+def test_a_grey_mask_with_the_same_transparency_everywhere_is_grey(tmp_path):
+    path = save(tmp_path / "mask.png", MASK, "LA")
+    assert np.array_equal(image_files.read_mask(path), MASK)
+
+
+@pytest.mark.parametrize("shape", [(12, 20, 1), (1, 12, 20)])
+def test_a_mask_in_an_array_of_one_channel_has_none(shape, tmp_path):
+    path = save(tmp_path / "mask.npy", MASK.reshape(shape))
+    assert np.array_equal(image_files.read_mask(path), MASK)
+
+
+@pytest.mark.parametrize("palette", [False, True])
+@pytest.mark.parametrize("bits, classes", [(2, 4), (4, 16)])
+def test_a_mask_of_few_bits_is_the_indices_that_were_saved(bits, classes, palette, tmp_path):
+    mask = random_mask((12, 21), classes)
+    if palette:
+        picture = Image.fromarray(mask)
+        picture.putpalette([200, 10, 10] * classes)
+        picture.save(tmp_path / "mask.png", bits=bits)
+    else:
+        save_grey_png(tmp_path / "mask.png", mask, bits)
+    assert np.array_equal(image_files.read_mask(tmp_path / "mask.png"), mask)
+
+
 @pytest.mark.parametrize("suffix", [".png", ".tif"])
 def test_a_mask_of_one_bit_is_0_and_1(suffix, tmp_path):
     path = save(tmp_path / f"mask{suffix}", MASK > 0)
@@ -167,7 +228,7 @@ def test_a_png_mask_is_the_indices_that_were_saved(mode, tmp_path):
     assert np.array_equal(image_files.read_mask(path), MASK)
 
 
-@pytest.mark.parametrize("kind", [np.uint8, np.int64])
+@pytest.mark.parametrize("kind", [np.uint8, np.int64, ">i4"])
 def test_a_mask_in_an_array_is_the_indices_that_were_saved(kind, tmp_path):
     path = save(tmp_path / "mask.npy", MASK.astype(kind))
     assert np.array_equal(image_files.read_mask(path), MASK)
@@ -434,6 +495,10 @@ def zeros(*shape, kind=np.uint8):
     return np.zeros(shape, kind)
 
 
+ONE_RED_PIXEL = zeros(16, 24, 3)
+ONE_RED_PIXEL[7, 7, 0] = 1
+ONE_CLEAR_PIXEL = zeros(16, 24, 4)
+ONE_CLEAR_PIXEL[7, 7, 3] = 1
 IN_COLOUR = ("3.png: a mask in colour or with transparency (RGB) where class indices were expected; "
              "for DeepGlobe take --dataset deepglobe")
 
@@ -441,7 +506,10 @@ IN_COLOUR = ("3.png: a mask in colour or with transparency (RGB) where class ind
 @pytest.mark.parametrize("suffix, mask, message", [
     (".png", MASK, "3.png: 16x24 pixels, but its mask 3.png has 12x20"),
     (".png", np.full((16, 24), 7, np.uint8), "3.png: holds the value 7; a mask holds 0 to 2, or 255"),
-    (".png", zeros(16, 24, 3), IN_COLOUR),
+    (".png", ONE_RED_PIXEL, IN_COLOUR),
+    (".png", ONE_CLEAR_PIXEL, "3.png: a mask in colour or with transparency (RGBA)"),
+    (".npy", zeros(16, 24, 3), "shape (16, 24, 3) where (H,W) was expected; if it is one-hot, save mask.argmax(2)"),
+    (".npy", zeros(3, 16, 24), "shape (3, 16, 24) where (H,W) was expected; if it is one-hot, save mask.argmax(0)"),
     (".jpg", zeros(16, 24), "JPEG changes the values of a mask"),
     (".npy", zeros(16, 24, kind=float), "a mask of float64 where whole numbers were expected"),
     (".npy", np.full((16, 24), -1), "holds the value -1"),
@@ -501,19 +569,10 @@ def empty_the_mask(image, mask):
     mask.write_bytes(b"")
 
 
-def png_chunk(name, data):
-    length = struct.pack(">I", len(data))
-    checksum = struct.pack(">I", zlib.crc32(name + data))
-    return length + name + data + checksum
-
-
 def save_colours_of_16_bits(image, mask):
     """A black PNG of 16x24 pixels with 16 bits for each of red, green and blue, which Pillow cannot write."""
     bytes_per_row = 1 + 24 * 3 * 2  # a row begins with a byte that names its filter
-    header = struct.pack(">IIBBBBB", 24, 16, 16, 2, 0, 0, 0)
-    pixels = zlib.compress(bytes(16 * bytes_per_row))
-    chunks = png_chunk(b"IHDR", header) + png_chunk(b"IDAT", pixels) + png_chunk(b"IEND", b"")
-    image.write_bytes(b"\x89PNG\r\n\x1a\n" + chunks)
+    write_png(image, (16, 24), bits=16, kind=2, rows=bytes(16 * bytes_per_row))
 
 
 def call_the_image_a_bitmap(image, mask):
