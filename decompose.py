@@ -159,10 +159,12 @@ class DecomposedUNet(nn.Module):
     """An encoder and a decoder that are run on the tiles of an image, and a communication network between the two.
 
     encoder: tile (B,C,h,w) -> (skips, coarse map). Only the decoder needs to understand the skips.
-    decoder: (skips, coarse map) -> logits (B,L,h,w). Neither of the two may use checkpoints or switch autocast inside, as
-        they are run with weights that are put in and taken out again.
+    decoder: (skips, coarse map) -> logits (B,L,h,w).
     comm_net: (B,K,H/2^D,W/2^D) -> the same shape. Without one (None, K = 0) the tiles know nothing of each other.
     comm_channels: K, at most the channels of the coarse map.
+
+    None of the three may use activation checkpointing inside: it would run layers again in the backward pass, when the
+    weights that `SharedModule` puts into them are no longer there. `recompute` does what it is for.
     ValueError: a communication network without channels, or channels without a network.
     """
 
@@ -190,8 +192,8 @@ class DecomposedUNet(nn.Module):
             it, each tile is forgotten and computed again when it is needed, so a device holds the activations of one
             tile at a time, and one device also those of the communication network. Loss, gradients and running
             statistics are the same.
-        comm_device: where the communication network is computed; None: on the device of the first tile. With autocast,
-            it must be of the same type as the devices of the tiles.
+        comm_device: where the communication network is computed; None: on the device of the first tile. Under autocast it
+            must be of the same type as the devices of the tiles, as autocast is for one type.
         own: the numbers of the tiles that are computed here; None: all. The others are computed by other processes, which
             call this at the same time. Each of them must have a tile.
         add_up(x): the sum of x over these processes. The gradients of x must be added up as well.
@@ -207,6 +209,7 @@ class DecomposedUNet(nn.Module):
             own = range(len(tiling))
         if comm_device is None:
             comm_device = placement[0]
+        # All three are called as a function of the number of a tile and of its inputs (see SharedModule below).
         encode = SharedModule(self.encoder, placement, draw_seeds(len(tiling)))
         decode = SharedModule(self.decoder, placement, draw_seeds(len(tiling)))
         communicate = None
@@ -255,7 +258,7 @@ class DecomposedUNet(nn.Module):
             return dict.fromkeys(sent)
         parts = fill_with_zeros(sent, tiling.coarse.boxes)
         coarse_map = add_up(tiling.coarse.stitch(parts, device=communicate.placement[0]))
-        coarse_map = communicate(0, coarse_map)  # it has a single device, number 0
+        coarse_map = communicate(0, coarse_map)  # for it, the whole map is a single tile, number 0
         received = tiling.coarse.split(coarse_map)
         return {i: to_device(received[i], placement[i]) for i in sent}
 

@@ -21,7 +21,8 @@ from torch.utils.data import Dataset
 
 SPLITS = ("train", "val", "test")
 
-# The classes. To add one, write its number, name and colour here, and draw it in LinesAndCircles.draw.
+# The classes. To add one, write its number, name and colour here, and draw it in LinesAndCircles.draw. Then name it in
+# CLASSES of experiments/common.py, and in the test in tests/test_synthetic.py that counts three of them.
 BACKGROUND = 0
 LINE = 1
 CIRCLE = 2

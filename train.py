@@ -57,8 +57,7 @@ def run_tiles(model: nn.Module, images: Tensor, tiling: Tiling, devices: list, c
 
     tiles = tiling.split(images)
     placement = place(tiling, devices)
-    # In bfloat16 where the user wants it. With its cache, autocast would add up the gradients of all tiles in bfloat16,
-    # which rounds away those of the last of many.
+    # In bfloat16 where the user wants it. Without autocast's cache: RoundedWeight in decompose.py tells why.
     device_type = devices[0].type
     with torch.autocast(device_type, torch.bfloat16, enabled=config["amp"], cache_enabled=False):
         return model(tiles, tiling, placement, finish, prepare, recompute=config["recompute"],
@@ -230,7 +229,7 @@ def train(config: dict, devices: list, out: Path, state: dict | None = None) -> 
     parallel = processes.parallel(model)
     optimizer = torch.optim.Adam(model.parameters(), fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, config["lr"], total_steps=max(steps, steps_per_epoch), anneal_strategy="linear")
+        optimizer, config["lr"], total_steps=max(steps, steps_per_epoch), anneal_strategy="linear")  # more than 0 steps
     freeze_after = max(round(config["freeze_batch_norm"] * steps), 1)
 
     # The run, which keeps what training changes and writes it to its folder

@@ -23,7 +23,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-Norm = Callable[[int], nn.Module]  # makes the layer that normalises so many channels
+# Makes the layer that normalises so many channels: width, 2 * width, 4 * width, ... on the way down. For group norm of 8
+# groups, take a width that 8 divides.
+Norm = Callable[[int], nn.Module]
 
 
 class DoubleConv(nn.Sequential):

@@ -161,7 +161,7 @@ def from_first(function: Callable, *arguments):
 class Shares(Sampler):
     """The share of one group in every batch: its images group, group + groups, ... The batches are those of a single
     process, so a run can go on with any number of processes. Of a last batch with fewer images than groups, those that
-    are left without one get its first image."""
+    are left without one get its first image. It does not count in the loss, but it does in their running statistics."""
 
     def __init__(self, batches: BatchSampler):
         self.batches = batches
