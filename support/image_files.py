@@ -19,6 +19,7 @@ from torch import Tensor
 from support.loss import IGNORE
 
 PICTURES = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
+MANY_VALUES = 8  # a mask of more different ones is looked at more closely
 FORMATS = ("PNG", "JPEG", "TIFF")
 Image.MAX_IMAGE_PIXELS = None  # large images are what this project is for
 
@@ -221,6 +222,20 @@ def equal_bands(picture: Image.Image) -> np.ndarray | None:
     return first
 
 
+def mask_colors(path: Path) -> list[tuple[int, int, int]]:
+    """Red, green and blue of each index of a mask with a palette. Empty for other masks, and if all that it shows are the
+    indices as grey values."""
+    if path.suffix.lower() == ".npy":
+        return []
+    picture, _ = open_picture(path)
+    if picture.mode != "P":
+        return []
+    numbers = picture.getpalette()
+    colors = list(zip(numbers[0::3], numbers[1::3], numbers[2::3]))
+    greys = [(i, i, i) for i in range(len(colors))]
+    return [] if colors == greys else colors
+
+
 def read_deepglobe_mask(path: Path) -> np.ndarray:
     """(H,W) uint8. Colours are not always pure, so they are cut at 128; unknown (and red, which means nothing) is 255."""
     picture, _ = open_picture(path)
@@ -277,15 +292,18 @@ def finite_blocks(image: np.ndarray, path: Path) -> Iterator[Tensor]:
 
 def count_pixels(mask: np.ndarray, path: Path, classes: int) -> Counter:
     """How many pixels each value has: class indices, and IGNORE. DataError: a value is neither of 0 ... classes - 1 nor
-    IGNORE."""
+    IGNORE; or see `check_regions`."""
     pixels = Counter()
     for block in blocks(mask):
         values, numbers = np.unique(block, return_counts=True)
         for value, number in zip(values.tolist(), numbers.tolist()):
             if value != IGNORE and not 0 <= value < classes:
+                check_regions(mask, path)
                 raise DataError(f"{path}: holds the value {value}; a mask holds 0 to {classes - 1}, or {IGNORE} for pixels "
                                 "that do not count")
             pixels[int(value)] += number
+    if len(pixels) > MANY_VALUES:
+        check_regions(mask, path)
     return pixels
 
 
@@ -302,3 +320,35 @@ def drawn_in_white(pixels: Counter) -> bool:
 def single_class(folder: Path) -> DataError:
     return DataError(f"{folder}: the masks know a single class, 0; save the others as 1, 2, ... (a pixel of {IGNORE} does "
                      "not count: if it shall be a class, save it as 1)")
+
+
+def check_regions(mask: np.ndarray, path: Path):
+    """DataError: most values of a mask form no regions, but only lines between them, as do the grey values that come from
+    interpolation and from JPEG. True classes, of which there may be many, form regions."""
+    pixels = Counter()  # of each value
+    pixels_in_lines = Counter()
+    for block in blocks(mask):
+        count_values(block, pixels)
+        count_values(block[one_pixel_wide(block)], pixels_in_lines)
+    lines = [value for value in pixels if pixels_in_lines[value] > pixels[value] / 2]
+    total = sum(pixels[value] for value in lines)
+    most_values_are_lines = len(lines) >= MANY_VALUES and len(lines) > len(pixels) / 2
+    most_pixels_are_not = total < mask.size / 2  # else it is noise
+    if most_values_are_lines and most_pixels_are_not and total > 1.5 * len(lines):
+        raise DataError(f"{path}: {len(lines)} of its {len(pixels)} different values form lines one pixel wide, as after "
+                        "resizing with interpolation, or JPEG; make the masks anew, with nearest neighbour and as PNG")
+
+
+def count_values(values: np.ndarray, counts: Counter):
+    for value, count in zip(*np.unique(values, return_counts=True)):
+        counts[int(value)] += int(count)
+
+
+def one_pixel_wide(mask: np.ndarray) -> np.ndarray:
+    """(H,W): True where a pixel differs from both its neighbours, left and right, or above and below."""
+    lines = np.zeros(mask.shape, bool)
+    differs = mask[1:] != mask[:-1]  # from the row below
+    lines[1:-1] |= differs[1:] & differs[:-1]
+    differs = mask[:, 1:] != mask[:, :-1]
+    lines[:, 1:-1] |= differs[:, 1:] & differs[:, :-1]
+    return lines

@@ -8,8 +8,8 @@ import matplotlib
 import numpy as np
 import torch
 
-from support.image_files import (DEEPGLOBE, DataError, classes_in, count_pixels, drawn_in_white, finite_blocks, read_image,
-                                 single_class, white)
+from support.image_files import (DEEPGLOBE, DataError, classes_in, count_pixels, drawn_in_white, finite_blocks, mask_colors,
+                                 read_image, read_mask, single_class, white)
 from support.image_folder import ImageFolder
 from support.loss import IGNORE
 
@@ -51,6 +51,7 @@ def survey(folders: dict[str, ImageFolder], names: list[str] | None,
     kinds = {}  # of image: the first image of that kind
     pixels = {}  # of each value of a mask, in each split
     pixels_of_folder = {}  # the same in each folder, from which several splits may be drawn
+    colors = {}  # of class: in indexed masks, and the first of these
     done = 0
     for split, folder in folders.items():
         pixels[split] = Counter()
@@ -65,6 +66,8 @@ def survey(folders: dict[str, ImageFolder], names: list[str] | None,
             counts = count_pixels(mask, mask_path, classes)
             pixels[split].update(counts)
             pixels_of_folder.setdefault(mask_path.parent, Counter()).update(counts)
+            if folder.read_mask is read_mask:
+                check_colors(colors, classes_in(counts), mask_path)
             for block in finite_blocks(image, image_path):
                 if split == "train":
                     statistics.add(block)
@@ -105,6 +108,18 @@ def check_kinds(kinds: dict[str, Path], path: Path):
     if len(kinds) > 1:
         (first, first_path), (second, _) = kinds.items()
         raise DataError(f"{path}: {second}, but {first_path.name} is {first}; convert the images to one kind")
+
+
+def check_colors(colors: dict[int, tuple], labels: set[int], path: Path):
+    """DataError: a class has another colour in this indexed mask than in those before."""
+    palette = mask_colors(path)
+    for label in sorted(labels):
+        if label >= len(palette):
+            continue
+        color, first_path = colors.setdefault(label, (palette[label], path))
+        if palette[label] != color:
+            raise DataError(f"{path}: shows class {label} in the colour {palette[label]}, but {first_path.name} in {color}; "
+                            "give all masks one palette, or if their numbers are right, save them as grey values")
 
 
 def check_white(pixels_of_folder: dict[Path, Counter], names: list[str]):

@@ -1,12 +1,13 @@
 """Every format against arrays made here, and what a folder is taken to mean."""
 
+import io
 import struct
 import zlib
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageFilter
 
 import train
 from support import image_files, image_folder
@@ -691,6 +692,113 @@ def test_a_gap_between_the_numbers_of_the_classes_is_named(folder_without_names,
         save(folder_without_names / f"train/masks/{i}.png", np.full((16, 24), value, np.uint8))
     message = "the masks go up to 200, but 1 does not occur; number the classes 0, 1, 2, ... without a gap"
     assert_refused(folder_without_names, message, capsys)
+
+
+# Masks that are not what they seem
+
+YY, XX = np.mgrid[:96, :96]
+DISC = 255 * ((YY - 40) ** 2 + (XX - 50) ** 2 < 30 ** 2).astype(np.uint8)
+
+
+def resized(size, how):
+    def resize(mask):
+        return Image.fromarray(mask).resize(size, how)
+    return resize
+
+
+def blurred(mask):
+    return Image.fromarray(mask).filter(ImageFilter.GaussianBlur(4))
+
+
+def as_jpeg(mask):
+    content = io.BytesIO()
+    Image.fromarray(mask).save(content, "JPEG", quality=80)
+    return Image.open(content)
+
+
+@pytest.mark.parametrize("object_value", [255, 120])
+@pytest.mark.parametrize("classes", [2, 255])
+@pytest.mark.parametrize("spoil", [
+    resized((60, 60), Image.BILINEAR),
+    resized((150, 200), Image.BICUBIC),
+    resized((300, 300), Image.LANCZOS),
+    blurred,
+    as_jpeg,
+])
+def test_a_mask_with_the_values_of_interpolation_or_jpeg_is_named(spoil, classes, object_value, tmp_path):
+    mask = np.minimum(DISC, object_value)
+    spoilt = np.array(spoil(mask))
+    with pytest.raises(image_files.DataError, match="different values form lines one pixel wide, as after resizing with"):
+        image_files.class_indices(spoilt, tmp_path / "mask.png", classes)
+
+
+def regions(classes):
+    """(300,300): of each pixel the nearest of 600 points, which belong to classes drawn at random."""
+    points = RNG.integers(0, 300, (600, 2))
+    rows, columns = np.mgrid[:300, :300]
+    nearest = np.full((300, 300), np.inf)
+    mask = np.zeros((300, 300), np.uint8)
+    for y, x in points:
+        distance = (rows - y) ** 2 + (columns - x) ** 2
+        closer = distance < nearest
+        nearest[closer] = distance[closer]
+        mask[closer] = RNG.integers(0, classes)
+    return mask
+
+
+def regions_on_a_background(classes):
+    mask = regions(classes)
+    mask[20:, 40:] = 0
+    return mask
+
+
+def all_classes_in_the_first_row(classes):
+    mask = np.zeros((64, 200), np.uint8)
+    mask[0, :classes] = np.arange(classes)
+    return mask
+
+
+def noise(classes):
+    return RNG.integers(0, classes, (64, 64))
+
+
+def stripes(classes):
+    return np.arange(64 * 64).reshape(64, 64) % classes
+
+
+@pytest.mark.parametrize("make", [regions, regions_on_a_background, all_classes_in_the_first_row, noise, stripes])
+def test_a_mask_of_150_classes_is_taken(make, tmp_path):
+    for mask in (make(150), make(150)[::3, ::3]):  # every third pixel, as after resizing with nearest neighbour
+        found = image_files.class_indices(mask, tmp_path / "mask.png", 150)
+        assert found == set(np.unique(mask).tolist())
+
+
+BLACK, RED, BLUE = (0, 0, 0), (255, 0, 0), (0, 0, 255)
+
+
+def save_indexed(path, mask, *colors):
+    picture = Image.fromarray(mask)
+    picture.putpalette(np.array(colors, np.uint8).tobytes())
+    picture.save(path)
+
+
+def test_palettes_that_do_not_agree_are_named(folder, capsys):
+    mask = random_mask((16, 24), 2)
+    save_indexed(folder / "train/masks/1.png", mask, BLACK, RED)
+    save_indexed(folder / "train/masks/4.png", mask, BLACK, BLUE)
+    message = "4.png: shows class 1 in the colour (0, 0, 255), but 1.png in (255, 0, 0); give all masks one palette"
+    assert_refused(folder, message, capsys)
+
+
+def test_palettes_need_only_agree_in_what_occurs(folder):
+    mask = random_mask((16, 24), 2)
+    save_indexed(folder / "train/masks/1.png", mask, BLACK, RED)
+    save_indexed(folder / "train/masks/2.png", mask, BLACK, RED, BLUE)
+    save_indexed(folder / "train/masks/3.png", zeros(16, 24), BLACK, BLUE)
+    save(folder / "train/masks/4.png", mask, mode="P")  # a palette of the grey values themselves
+    folders = image_folder.open_folder(folder, deepglobe=False, seed=0)
+    known, _ = survey(folders, ["ground", "water", "house"])
+    assert known["classes"] == ["ground", "water", "house"]
 
 
 @pytest.mark.parametrize("content, message", [
