@@ -1,8 +1,8 @@
 """One image or one mask on disk: reading it, with one line for everything that cannot be read.
 
-Images: PNG, JPEG or TIFF (grey or colour; transparency is left out), or .npy of shape (H,W) or (H,W,C), which is mapped
-into memory, so that only the tile at hand is read. Masks: class indices from 0 on, and 255 for pixels that shall not
-count; PNG or TIFF (grey, with a palette, or with red, green and blue all equal), or .npy of shape (H,W).
+Images: PNG, JPEG, TIFF, PPM or PGM (grey or colour; transparency is left out), or .npy of shape (H,W) or (H,W,C), which is
+mapped into memory, so that only the tile at hand is read. Masks: class indices from 0 on, and 255 for pixels that shall not
+count; PNG, TIFF or PGM (grey, with a palette, or with red, green and blue all equal), or .npy of shape (H,W).
 What cannot be used raises DataError. Its message is one line: the file, what was expected, the fix.
 """
 
@@ -18,9 +18,9 @@ from torch import Tensor
 
 from support.loss import IGNORE
 
-PICTURES = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
+PICTURES = (".png", ".jpg", ".jpeg", ".jfif", ".tif", ".tiff", ".ppm", ".pgm")
 MANY_VALUES = 8  # a mask of more different ones is looked at more closely
-FORMATS = ("PNG", "JPEG", "TIFF")
+FORMATS = ("PNG", "JPEG", "TIFF", "PPM")
 Image.MAX_IMAGE_PIXELS = None  # large images are what this project is for
 
 DEEPGLOBE = {  # class: red, green, blue
@@ -49,6 +49,9 @@ def open_picture(path: Path) -> tuple[Image.Image, str]:
         with Image.open(path, formats=FORMATS) as picture:
             if picture.format == "TIFF":
                 check_tiff(picture, path)
+            if picture.format == "PPM" and picture.tile[0][0] != "raw":
+                raise DataError(f"{path}: text, or a largest value other than 255, or more than 8 bits of colour, which "
+                                "Pillow scales; save it as PNG or .npy")
             stored = how_stored(picture)
             picture.load()
     except DataError:
@@ -133,6 +136,17 @@ def read_image(path: Path) -> np.ndarray:
     if image.ndim == 2:
         image = image[..., None]
     return image
+
+
+def has_transparency(path: Path) -> bool:
+    """Whether `read_image` leaves out a band of the picture that is not everywhere the same, as it is transparency."""
+    if path.suffix.lower() == ".npy":
+        return False
+    with Image.open(path, formats=FORMATS) as picture:
+        if picture.mode not in ("LA", "PA", "RGBA"):
+            return False
+        lowest, highest = picture.getchannel("A").getextrema()
+    return lowest < highest
 
 
 def picture_to_array(picture: Image.Image, stored: str) -> np.ndarray:

@@ -2,6 +2,7 @@
 
     DIR/train/images/NAME.png    DIR/train/masks/NAME.png    and the same in DIR/val and DIR/test; without one of them,
                                                              a tenth of the training pairs, drawn by the seed, stands in
+                                                             (DIR/valid or DIR/validation stands for DIR/val)
     DIR/classes.txt              names of the classes, one a line; without it they are numbered
 
 Which files can be read tells image_files.py. Letters as in decompose.py.
@@ -9,6 +10,7 @@ Which files can be read tells image_files.py. Letters as in decompose.py.
 
 import functools
 import unicodedata
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -40,18 +42,28 @@ def find_files(folder: Path, ending: str = "") -> dict[str, Path]:
         raise DataError(f"{folder}: no such folder; images belong in DIR/train/images and masks in DIR/train/masks, and "
                         "the same in DIR/val and DIR/test if these are there")
     found = {}
+    left_out = Counter()
     for path in sorted(folder.iterdir()):
         suffix = path.suffix.lower()
         if path.name.startswith("."):
             continue
+        if path.is_dir():
+            say_once(f"{path}: a folder among images or masks is left out; move its files up, beside it")
+            continue
         if suffix in UNREADABLE:
             raise DataError(f"{path}: only PNG, JPEG, TIFF and .npy can be read; convert it, or move it elsewhere")
-        if suffix not in (*PICTURES, ".npy") or not path.stem.endswith(ending):
+        if suffix not in (*PICTURES, ".npy"):
+            left_out[suffix or "without a suffix"] += 1
+            continue
+        if not path.stem.endswith(ending):
             continue
         name = name_of(path, ending)
         if name in found:
             raise DataError(f"{path}: {found[name].name} has the same name; keep one of the two")
         found[name] = path
+    if left_out:
+        kinds = ", ".join(f"{count} {suffix}" for suffix, count in left_out.items())
+        say_once(f"{folder}: files are left out as their kind is unknown ({kinds}); if they belong to it, convert them")
     return found
 
 
@@ -74,12 +86,29 @@ def match(images: dict[str, Path], masks: dict[str, Path], folder: Path) -> dict
 def find_pairs(root: Path, seed: int) -> dict[str, list[Pair]]:
     """The pairs of each split of a folder of your own."""
     split = {}
+    folders = []
     for name in SPLITS:
         folder = root / name
+        if name == "val":
+            folder = validation_folder(root)
+        folders.append(folder)
         if name == "train" or folder.is_dir():
             pairs = match(find_files(folder / "images"), find_files(folder / "masks"), folder / "images")
             split[name] = list(pairs.values())
+    for path in sorted(root.iterdir()):
+        if path.is_dir() and path not in folders and not path.name.startswith("."):
+            say_once(f"{path}: is left out; what shall be used belongs in train, val or test")
     return complete(split, root, seed)
+
+
+def validation_folder(root: Path) -> Path:
+    """DIR/val, or what other programs call it."""
+    for name in ("val", "valid", "validation"):
+        if (root / name).is_dir():
+            if name != "val":
+                say_once(f"{root}: {name} is taken as val")
+            return root / name
+    return root / "val"
 
 
 def find_deepglobe(root: Path, seed: int) -> dict[str, list[Pair]]:

@@ -8,9 +8,9 @@ import matplotlib
 import numpy as np
 import torch
 
-from support.image_files import (DEEPGLOBE, DataError, classes_in, count_pixels, drawn_in_white, finite_blocks, mask_colors,
-                                 read_image, read_mask, single_class, white)
-from support.image_folder import ImageFolder
+from support.image_files import (DEEPGLOBE, DataError, classes_in, count_pixels, drawn_in_white, finite_blocks,
+                                 has_transparency, mask_colors, read_image, read_mask, single_class, white)
+from support.image_folder import ImageFolder, say_once
 from support.loss import IGNORE
 
 
@@ -52,6 +52,7 @@ def survey(folders: dict[str, ImageFolder], names: list[str] | None,
     pixels = {}  # of each value of a mask, in each split
     pixels_of_folder = {}  # the same in each folder, from which several splits may be drawn
     colors = {}  # of class: in indexed masks, and the first of these
+    transparent = None  # the first image with transparency
     done = 0
     for split, folder in folders.items():
         pixels[split] = Counter()
@@ -63,6 +64,8 @@ def survey(folders: dict[str, ImageFolder], names: list[str] | None,
             kinds.setdefault(f"{image.shape[2]}-channel {image.dtype}", image_path)
             check_pair(image, image_path, mask, mask_path, folder.crop)
             check_kinds(kinds, image_path)
+            if transparent is None and has_transparency(image_path):
+                transparent = image_path
             counts = count_pixels(mask, mask_path, classes)
             pixels[split].update(counts)
             pixels_of_folder.setdefault(mask_path.parent, Counter()).update(counts)
@@ -77,6 +80,9 @@ def survey(folders: dict[str, ImageFolder], names: list[str] | None,
             raise DataError(f"{mask_path.parent}: no pixel of the masks for {split} counts, all are {IGNORE}; add a mask "
                             "with a class")
     progress("")
+    if transparent is not None:
+        say_once(f"{transparent}: its last channel is taken for transparency and left out, also in other images; if it is "
+                 "anything else, such as infrared, save the images as .npy")
     found = classes_in(sum(pixels.values(), Counter()))
     if names is None:
         names = number_classes(found, mask_path.parent)

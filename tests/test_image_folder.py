@@ -3,6 +3,7 @@
 import io
 import struct
 import zlib
+from contextlib import redirect_stdout
 
 import numpy as np
 import pytest
@@ -105,7 +106,9 @@ def make_deepglobe(root, names, size=(24, 32)):
 
 @pytest.mark.parametrize("name, array", [
     ("grey.png", GREY),
+    ("grey.pgm", GREY),
     ("deep.png", DEEP),
+    ("deep.pgm", DEEP),
     ("flat.npy", DEEP),
     ("two values.npy", GREY > 99),
     ("high byte first.npy", DEEP.astype(">u2")),
@@ -120,6 +123,7 @@ def test_an_image_without_channels_is_what_was_saved_and_has_one(name, array, tm
 
 @pytest.mark.parametrize("name, array", [
     ("color.png", COLOR),
+    ("color.ppm", COLOR),
     ("channels.npy", RNG.random((12, 20, 5))),
 ])
 def test_an_image_with_channels_is_what_was_saved(name, array, tmp_path):
@@ -305,6 +309,8 @@ def test_an_array_is_looked_at_in_blocks_whatever_its_channels(channels):
 def test_pairs_are_found_by_name_whatever_the_format(tmp_path):
     save(tmp_path / "train/images/a.jpg", COLOR)
     save(tmp_path / "train/masks/a.png", MASK)
+    save(tmp_path / "train/images/a2.jfif", COLOR)
+    save(tmp_path / "train/masks/a2.pgm", MASK)
     save(tmp_path / "train/images/b.npy", COLOR)
     save(tmp_path / "train/masks/b.npy", MASK)
     (tmp_path / "train/images/notes.txt").write_text("not an image")
@@ -313,7 +319,7 @@ def test_pairs_are_found_by_name_whatever_the_format(tmp_path):
     found = []
     for image, mask in split["train"]:
         found.append((image.name, mask.name))
-    assert found == [("a.jpg", "a.png"), ("b.npy", "b.npy")]
+    assert found == [("a.jpg", "a.png"), ("a2.jfif", "a2.pgm"), ("b.npy", "b.npy")]
     assert len(split["val"]) == 1
     assert len(split["test"]) == 1
 
@@ -333,6 +339,44 @@ def test_the_hidden_files_of_a_file_manager_are_no_images(tmp_path):
     (tmp_path / "._a.png").write_text("of a file manager")
     found = image_folder.find_files(tmp_path)
     assert set(found) == {"a"}
+
+
+def said_by(find, *arguments):
+    """The lines that it prints."""
+    image_folder.say_once.cache_clear()
+    printed = io.StringIO()
+    with redirect_stdout(printed):
+        find(*arguments)
+    return printed.getvalue().splitlines()
+
+
+def test_files_of_unknown_kinds_and_folders_among_the_images_are_left_out_and_named(tmp_path):
+    for name in ("a.png", "b.xcf", "c.xcf", "notes"):
+        (tmp_path / name).touch()
+    (tmp_path / "more.png").mkdir()
+    lines = said_by(image_folder.find_files, tmp_path)
+    assert lines == [
+        f"{tmp_path}/more.png: a folder among images or masks is left out; move its files up, beside it",
+        f"{tmp_path}: files are left out as their kind is unknown (2 .xcf, 1 without a suffix); if they belong to it, "
+        "convert them",
+    ]
+
+
+@pytest.mark.parametrize("name", ["valid", "validation"])
+def test_a_folder_of_validation_pairs_has_three_names(name, tmp_path):
+    make_folder(tmp_path, 3, splits=(name, "train", "test"))
+    assert said_by(image_folder.find_pairs, tmp_path, 0) == [f"{tmp_path}: {name} is taken as val"]
+    split = image_folder.find_pairs(tmp_path, seed=0)
+    assert count_pairs(split) == {"train": 3, "val": 3, "test": 3}
+    for image, mask in split["val"]:
+        assert image.parent == tmp_path / name / "images"
+
+
+def test_a_folder_that_is_no_split_is_left_out_and_named(tmp_path):
+    make_folder(tmp_path, 1, splits=("train", "val", "valid", "test"))
+    (tmp_path / ".cache").mkdir()
+    lines = said_by(image_folder.find_pairs, tmp_path, 0)
+    assert lines == [f"{tmp_path}/valid: is left out; what shall be used belongs in train, val or test"]
 
 
 def count_pairs(split):
@@ -535,6 +579,13 @@ def test_an_image_that_cannot_be_used_is_named(suffix, image, message, folder, c
     assert_refused(folder, message, capsys)
 
 
+@pytest.mark.parametrize("content", [b"P5 4 1 2\n\0\1\2\1", b"P2 4 1 255\n0 1 2 1", b"P6 1 1 65535\n123456"])
+def test_a_pgm_whose_values_pillow_changes_is_named(content, tmp_path):
+    (tmp_path / "mask.pgm").write_bytes(content)
+    with pytest.raises(image_files.DataError, match="which Pillow scales; save it as PNG or .npy"):
+        image_files.read_mask(tmp_path / "mask.pgm")
+
+
 # Each of these does something to an image, its mask or their folder.
 
 def delete_all_images(image, mask):
@@ -585,7 +636,7 @@ def call_the_image_an_array(image, mask):
 
 
 @pytest.mark.parametrize("spoil, message", [
-    (delete_all_images, "no image (.png, .jpg, .jpeg, .tif, .tiff, .npy)"),
+    (delete_all_images, "no image (.png, .jpg, .jpeg, .jfif, .tif, .tiff, .ppm, .pgm, .npy)"),
     (delete_the_mask, "3.png: there is no mask named 3"),
     (delete_the_image, "3.png: there is no image named 3"),
     (rename_the_folder_of_the_masks, "train/masks: no such folder"),
@@ -780,6 +831,29 @@ def save_indexed(path, mask, *colors):
     picture = Image.fromarray(mask)
     picture.putpalette(np.array(colors, np.uint8).tobytes())
     picture.save(path)
+
+
+def add_a_fourth_channel(folder, channel):
+    for path in sorted((folder / "train/images").iterdir()):
+        with Image.open(path) as picture:
+            color = np.array(picture)
+        save(path, np.dstack([color, channel]))
+
+
+def survey_folder(folder):
+    survey(image_folder.open_folder(folder, deepglobe=False, seed=0), ["ground", "water", "house"])
+
+
+def test_a_fourth_channel_that_is_left_out_as_transparency_is_named(folder):
+    add_a_fourth_channel(folder, random_image((16, 24), channels=1))
+    *_, line = said_by(survey_folder, folder)
+    assert ".png: its last channel is taken for transparency and left out, also in other images; if it is" in line
+
+
+def test_the_same_transparency_everywhere_needs_no_word(folder):
+    add_a_fourth_channel(folder, np.full((16, 24), 255, np.uint8))
+    *_, line = said_by(survey_folder, folder)
+    assert "no val or test" in line
 
 
 def test_palettes_that_do_not_agree_are_named(folder, capsys):
