@@ -95,7 +95,7 @@ def as_null(constant: str) -> None:
 
 def write_log(path: Path, rows: list[dict]):
     """Writes a CSV file, a line for each row. All rows have the same entries."""
-    with atomic_write(path) as unfinished, open(unfinished, "w", newline="") as file:
+    with atomic_write(path) as unfinished, open(unfinished, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)

@@ -157,7 +157,7 @@ def class_names(root: Path, deepglobe: bool) -> list[str] | None:
     if not path.exists():
         return None
     try:
-        lines = path.read_text("utf-8").splitlines()
+        lines = path.read_text("utf-8-sig").splitlines()  # some editors begin a text with an invisible sign
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot be read ({error}); save it as text, one name a line") from None
     names = [line.strip() for line in lines if line.strip()]

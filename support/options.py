@@ -1,6 +1,7 @@
 """The command line of train.py and plan.py, and what all commands share: one line for an error, progress."""
 
 import argparse
+import io
 import math
 import sys
 from pathlib import Path
@@ -13,6 +14,12 @@ LARGE = 2**20  # the most that an option may be: with more, PyTorch overflows
 
 
 class Parser(argparse.ArgumentParser):
+    def parse_args(self, arguments: list[str] | None = None) -> argparse.Namespace:
+        """Reads the options. From here on, what the terminal cannot show is printed as \\x and a number."""
+        if isinstance(sys.stdout, io.TextIOWrapper):  # in a notebook it is something else, which shows everything
+            sys.stdout.reconfigure(errors="backslashreplace")
+        return super().parse_args(arguments)
+
     def error(self, message: str):
         """One line and exit status 2, without the usage in front."""
         self.exit(2, f"{self.prog}: error: {message}\n")

@@ -13,6 +13,7 @@ from decompose import Tiling
 matplotlib.use("Agg")  # draws into files and needs no screen
 import matplotlib.pyplot as plt
 from matplotlib.colors import ListedColormap
+from matplotlib.legend import Legend
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
@@ -26,16 +27,25 @@ def draw_curves(path: Path, rows: list[dict], classes: list[str], colors: list):
     left.set_xlabel("epoch")
     left.set_ylabel("loss")
     left.set_yscale("log")
-    for name, color in zip(classes, colors):
-        right.plot(epochs, column(rows, f"val_iou_{name}"), "o-", label=name, color=color)
+    for i, (name, color) in enumerate(zip(classes, colors)):
+        right.plot(epochs, column(rows, f"val_iou_{name}"), "o-", label=f"class {i}", color=color)
     right.set_xlabel("epoch")
     right.set_ylabel("validation IoU")
     right.set_ylim(0, 1.02)
     for axes in (left, right):
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axes.grid(alpha=0.3)
-        axes.legend()
+    left.legend()
+    write_names(right.legend(), classes)
     save(figure, path)
+
+
+def write_names(legend: Legend, names: list[str]):
+    """Gives a legend other names, as they are: as labels, matplotlib would take a $ for the beginning of a formula, and
+    leave out a name that begins with an underscore."""
+    for text, name in zip(legend.get_texts(), names, strict=True):
+        text.set_parse_math(False)
+        text.set_text(name)
 
 
 def column(rows: list[dict], name: str) -> list:
@@ -107,9 +117,10 @@ def draw_predictions(path: Path, columns: dict[str, list], boxes: list, classes:
         for i, picture in enumerate(columns[title]):
             show(table[i, j], picture, boxes[i], colors)
     patches = []
-    for name, color in zip(classes, colors):
-        patches.append(Patch(color=color, label=name, ec="gray"))
-    figure.legend(handles=patches, loc="outside lower center", ncols=min(len(classes), 4), frameon=False)
+    for i, color in enumerate(colors):
+        patches.append(Patch(color=color, label=f"class {i}", ec="gray"))
+    legend = figure.legend(handles=patches, loc="outside lower center", ncols=min(len(classes), 4), frameon=False)
+    write_names(legend, classes)
     save(figure, path)
 
 

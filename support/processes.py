@@ -125,7 +125,7 @@ def find_devices(gpus: int, tiles: str) -> list[torch.device]:
         line = f"process {rank()} of {world_size()}: {line}"
     print(line, flush=True)
     if not is_first():
-        sys.stdout = open(os.devnull, "w")
+        sys.stdout = open(os.devnull, "w", errors="backslashreplace")
     return devices
 
 

@@ -780,7 +780,7 @@ def test_a_mask_with_the_values_of_interpolation_or_jpeg_is_named(spoil, classes
     mask = np.minimum(DISC, object_value)
     spoilt = np.array(spoil(mask))
     with pytest.raises(image_files.DataError, match="different values form lines one pixel wide, as after resizing with"):
-        image_files.class_indices(spoilt, tmp_path / "mask.png", classes)
+        image_files.count_pixels(spoilt, tmp_path / "mask.png", classes)
 
 
 def regions(classes):
@@ -820,7 +820,7 @@ def stripes(classes):
 @pytest.mark.parametrize("make", [regions, regions_on_a_background, all_classes_in_the_first_row, noise, stripes])
 def test_a_mask_of_150_classes_is_taken(make, tmp_path):
     for mask in (make(150), make(150)[::3, ::3]):  # every third pixel, as after resizing with nearest neighbour
-        found = image_files.class_indices(mask, tmp_path / "mask.png", 150)
+        found = image_files.classes_in(image_files.count_pixels(mask, tmp_path / "mask.png", 150))
         assert found == set(np.unique(mask).tolist())
 
 

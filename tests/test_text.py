@@ -1,0 +1,98 @@
+"""Names of classes and files are text: whatever is in them, it is shown, printed and saved as it is."""
+
+import csv
+import io
+import os
+import sys
+
+import numpy as np
+import pytest
+from matplotlib import pyplot as plt
+from test_image_folder import make_folder, random_image, save
+from test_predict import SMALL, read_json, run
+
+import train
+from support import checkpoints, image_folder, plots
+
+NAMES = ["US$\\AU$", "_background_", "$\\frac{1", "100 % \"sure\", Straße"]
+COLORS = ["red", "green", "blue", "black"]
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The figures that were saved, still open."""
+    figures = []
+
+    def save_and_keep(figure, path):
+        figure.savefig(path)
+        figures.append(figure)
+
+    monkeypatch.setattr(plots, "save", save_and_keep)
+    yield figures
+    plt.close("all")
+
+
+def names_in(legend):
+    """Its names, if none of them is drawn as a formula."""
+    names = []
+    for text in legend.get_texts():
+        assert not text.get_parse_math()
+        names.append(text.get_text())
+    return names
+
+
+def test_names_of_classes_are_not_taken_for_formulas_or_left_out_of_the_predictions(drawn, tmp_path):
+    mask = np.zeros((8, 8), np.uint8)
+    plots.draw_predictions(tmp_path / "some.png", {"mask": [mask]}, [[]], NAMES, COLORS)
+    (legend,) = drawn[0].legends
+    assert names_in(legend) == NAMES
+
+
+def test_names_of_classes_are_not_taken_for_formulas_or_left_out_of_the_curves(drawn, tmp_path):
+    row = {"epoch": 1, "train_loss": 0.5, "val_loss": 0.4}
+    for name in NAMES:
+        row[f"val_iou_{name}"] = 0.5
+    plots.draw_curves(tmp_path / "some.png", [row], NAMES, COLORS)
+    _, right = drawn[0].axes
+    assert names_in(right.get_legend()) == NAMES
+    colors = [line.get_color() for line in right.get_legend().get_lines()]
+    assert colors == COLORS
+
+
+def test_names_of_classes_are_read_without_the_mark_of_an_editor(tmp_path):
+    (tmp_path / "classes.txt").write_text("\n".join(NAMES), encoding="utf-8-sig")
+    assert image_folder.class_names(tmp_path, deepglobe=False) == NAMES
+
+
+def test_names_of_classes_are_saved_in_log_and_metrics(tmp_path):
+    row = {name: 0.5 for name in NAMES}
+    checkpoints.write_log(tmp_path / "log.csv", [row])
+    checkpoints.write_json(tmp_path / "metrics.json", row)
+    with open(tmp_path / "log.csv", newline="", encoding="utf-8") as file:
+        assert next(csv.reader(file)) == NAMES
+    assert list(read_json(tmp_path / "metrics.json")) == NAMES
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_names_of_files_in_old_bytes_are_printed_and_saved(encoding, tmp_path, monkeypatch, no_pictures):
+    folder = tmp_path / os.fsdecode(b"stra\xdfe")  # in the bytes of Windows
+    data = make_folder(folder / "data", 6)
+    (data / "classes.txt").write_text("ground\nwater\nStraße\n", encoding="utf-8")
+    for path in data.glob("train/*/3.png"):
+        path.rename(path.with_name(os.fsdecode(b"\xe4.png")))
+    image = save(folder / os.fsdecode(b"b\xe4r.png"), random_image((16, 24)))
+    save(folder / "masks" / image.name, np.zeros((16, 24), np.uint8))
+
+    printed = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(printed, encoding=encoding))
+    train.main([*SMALL, "--dataset", "folder", "--data", str(data), "--workers", "0", "--out", str(folder / "run")])
+    words = [folder / "run/best.pt", image, "--masks", folder / "masks", "--out", folder / "out"]
+    assert run(*words) == 0
+    sys.stdout.flush()
+    shown = "Straße" if encoding == "utf-8" else "Stra\\xdfe"
+    assert shown in printed.getvalue().decode(encoding)
+    assert "b\\udce4r.png: 16x24 pixels" in printed.getvalue().decode(encoding)
+
+    assert image.name in read_json(folder / "out/metrics.json")
+    assert (folder / "out" / image.name).exists()
+    assert read_json(folder / "run/metrics.json")["config"]["data"] == str(data)
