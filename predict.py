@@ -24,8 +24,8 @@ from PIL import Image  # comes with matplotlib
 from decompose import DecomposedUNet, Tiling
 from support import checkpoints, folders, plots, processes
 from support.command import one_line_errors
-from support.image_files import (DataError, classes_in, count_pixels, drawn_in_white, finite_blocks, read_deepglobe_mask,
-                                 read_image, read_mask, single_class)
+from support.image_files import (DataError, Extremes, blocks, classes_in, count_pixels, drawn_in_white, is_finite,
+                                 range_remark, read_deepglobe_mask, read_image, read_mask, single_class)
 from support.loss import IGNORE
 from support.image_folder import find_files, name_of
 from support.model import load_model
@@ -45,8 +45,32 @@ def check_image(image: np.ndarray, path: Path, config: dict):
     if image.shape[2] != config["channels"]:
         raise DataError(f"{path}: a {image.shape[2]}-channel image, but the network was trained on "
                         f"{config['channels']}-channel images; convert it")
-    for _ in finite_blocks(image, path):
-        pass
+    check_values(image, path, config)
+
+
+def check_values(image: np.ndarray, path: Path, config: dict):
+    """A line for numbers that are not finite, and for a range that is not that of the training images. DataError: a channel
+    has no finite number."""
+    channels = image.shape[2]
+    extremes = Extremes(channels)
+    lost = 0
+    for block in blocks(image):
+        for channel in range(channels):
+            values = block[..., channel].flatten()
+            if values.dtype.kind == "f":
+                finite = values[is_finite(values)]
+                lost += values.size - finite.size
+                values = finite
+            extremes.add(channel, values)
+    if not all(extremes.values):
+        raise DataError(f"{path}: holds nan, inf or numbers beyond 1e38 alone, at least in one channel; replace them")
+    if lost:
+        print(f"{path}: {lost} numbers are nan, inf or beyond 1e38; they are taken as the mean of the training images")
+    if config.get("range") is None:  # of synthetic images, or an older checkpoint
+        return
+    remark = range_remark(extremes.value_range(), config["range"])
+    if remark:
+        print(f"{path}: {remark}")
 
 
 @torch.no_grad()

@@ -53,7 +53,7 @@ def run_tiles(model: nn.Module, images: Tensor, tiling: Tiling, devices: list, c
               finish: Callable) -> list:
     """Images (B,C,H,W) as they are stored -> finish(i, logits) of every tile i, computed on the tile's device."""
     def prepare(tile):
-        return normalise(tile, config["mean"], config["std"])
+        return normalise(tile, config["mean"], config["std"], config.get("range"))
 
     tiles = tiling.split(images)
     placement = place(tiling, devices)

@@ -273,16 +273,95 @@ def white(image: Tensor) -> int:
     return 1
 
 
-def normalise(tile: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+def normalise(tile: Tensor, mean: Sequence[float], std: Sequence[float],
+              value_range: Sequence[Sequence[float]] | None = None) -> Tensor:
     """A tile (B,C,h,w) as it is stored -> numbers of mean 0 and standard deviation 1 in each channel.
 
     mean, std: of each channel of the training images, where white is 1. Tiles travel as they are stored, which for a
     photograph is a quarter of the bytes, and are normalised on their device.
+    value_range: the smallest and the largest value of each channel of the training images, as they are stored. A number
+    that is not finite, or that lies far outside this range, marks a pixel without data, and becomes the mean.
     """
     x = tile.to(torch.get_default_dtype()) / white(tile)
     for channel in range(x.shape[1]):
-        x[:, channel] = (x[:, channel] - mean[channel]) / std[channel]
+        values = x[:, channel]
+        normalised = (values - mean[channel]) / std[channel]
+        if value_range is not None and tile.dtype != torch.uint8:  # in which no value lies far outside
+            smallest, largest = value_range
+            lowest, highest = far_limits(smallest[channel], largest[channel])
+            has_data = (values >= lowest / white(tile)) & (values <= highest / white(tile))
+            normalised = normalised.where(has_data, 0)
+        x[:, channel] = normalised
+    if tile.is_floating_point():
+        x.nan_to_num_(nan=0, posinf=0, neginf=0)
     return x
+
+
+def far_limits(smallest: float, largest: float) -> tuple[float, float]:
+    """What lies beyond these is far outside the range of values: farther than they are from each other."""
+    width = largest - smallest
+    return smallest - width, largest + width
+
+
+def without_outliers(values: Sequence[float]) -> tuple[float, float]:
+    """The smallest and the largest of some values, sorted and all different; but not one that is far outside all others."""
+    smallest, largest = values[0], values[-1]
+    if len(values) > 2:
+        lowest, highest = far_limits(values[1], values[-1])
+        if smallest < lowest:
+            smallest = values[1]
+        lowest, highest = far_limits(values[0], values[-2])
+        if largest > highest:
+            largest = values[-2]
+    return smallest, largest
+
+
+class Extremes:
+    """The two smallest and the two largest values of each channel of some images, as they are stored.
+
+    Of uint8, in which no value lies far outside, only the smallest and the largest.
+    """
+
+    def __init__(self, channels: int):
+        self.values = [[] for _ in range(channels)]  # of each channel, sorted
+
+    def add(self, channel: int, values: np.ndarray):
+        """values: (n,), finite, and n may be 0."""
+        if values.size == 0:
+            return
+        smallest, largest = values.min(), values.max()
+        found = {float(smallest), float(largest), *self.values[channel]}
+        keep = 1
+        if values.dtype != np.uint8:
+            keep = 2
+            inner = values[(values > smallest) & (values < largest)]
+            if inner.size > 0:
+                found |= {float(inner.min()), float(inner.max())}
+        found = sorted(found)
+        self.values[channel] = sorted({*found[:keep], *found[-keep:]})
+
+    def value_range(self) -> list[list[float]]:
+        """The smallest value of each channel, and the largest."""
+        smallest = [values[0] for values in self.values]
+        largest = [values[-1] for values in self.values]
+        return [smallest, largest]
+
+
+def range_remark(found: Sequence[Sequence[float]], trained: Sequence[Sequence[float]]) -> str | None:
+    """A line, if some images have quite other values than the training images: far outside, or in hardly a hundredth of
+    their range. Both are ranges as in `Extremes`."""
+    narrow = 0
+    for channel, (smallest, largest, first, last) in enumerate(zip(*found, *trained)):
+        lowest, highest = far_limits(first, last)
+        if smallest < lowest or largest > highest:
+            return (f"values from {smallest:g} to {largest:g}, but the training images have {first:g} to {last:g} (in channel "
+                    f"{channel}); bring them to the same range, unless a value marks pixels without data")
+        if largest - smallest < (last - first) / 100:
+            narrow += 1
+    if narrow == len(found[0]):
+        return (f"values from {min(found[0]):g} to {max(found[1]):g}, but the training images have {min(trained[0]):g} to "
+                f"{max(trained[1]):g}; bring the images to the same range")
+    return None
 
 
 # Checking
@@ -295,13 +374,24 @@ def blocks(array: np.ndarray) -> Iterator[np.ndarray]:
         yield array[top:top + rows]
 
 
-def finite_blocks(image: np.ndarray, path: Path) -> Iterator[Tensor]:
-    """The blocks of an image as tensors. DataError: one holds what no float32 can."""
+def is_finite(values: np.ndarray) -> np.ndarray:
+    """Where a float32 can hold the values: not where they are nan, inf or beyond 1e38."""
+    return torch.from_numpy(values).float().isfinite().numpy()
+
+
+def counted_pixels(image: np.ndarray, path: Path, mask: np.ndarray) -> Iterator[np.ndarray]:
+    """The pixels of an image that count in its mask, (n,C) in each block. DataError: one holds what no float32 can."""
+    top = 0
     for block in blocks(image):
-        x = torch.from_numpy(block)
-        if x.is_floating_point() and not x.float().isfinite().all():
-            raise DataError(f"{path}: holds nan, inf or numbers beyond 1e38; replace them")
-        yield x
+        counts = mask[top:top + len(block)] != IGNORE
+        top += len(block)
+        pixels = block.reshape(-1, block.shape[2])
+        if not counts.all():
+            pixels = block[counts]
+        if pixels.dtype.kind == "f" and not is_finite(pixels).all():
+            raise DataError(f"{path}: holds nan, inf or numbers beyond 1e38; give these pixels {IGNORE} in the mask, so that "
+                            "they do not count, or replace them")
+        yield pixels
 
 
 def count_pixels(mask: np.ndarray, path: Path, classes: int) -> Counter:
@@ -309,13 +399,18 @@ def count_pixels(mask: np.ndarray, path: Path, classes: int) -> Counter:
     IGNORE; or see `check_regions`."""
     pixels = Counter()
     for block in blocks(mask):
-        values, numbers = np.unique(block, return_counts=True)
-        for value, number in zip(values.tolist(), numbers.tolist()):
-            if value != IGNORE and not 0 <= value < classes:
+        values = block[block != IGNORE]
+        pixels[IGNORE] += block.size - values.size
+        if values.size == 0:
+            continue
+        for value in (values.min(), values.max()):
+            if not 0 <= value < classes:
                 check_regions(mask, path)
                 raise DataError(f"{path}: holds the value {value}; a mask holds 0 to {classes - 1}, or {IGNORE} for pixels "
                                 "that do not count")
-            pixels[int(value)] += number
+        numbers = np.bincount(values.astype(np.intp))
+        pixels.update(dict(enumerate(numbers.tolist())))
+    pixels = +pixels  # those that occur
     if len(pixels) > MANY_VALUES:
         check_regions(mask, path)
     return pixels

@@ -9,6 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from decompose import Tiling
+from support.image_files import without_outliers
 
 matplotlib.use("Agg")  # draws into files and needs no screen
 import matplotlib.pyplot as plt
@@ -148,7 +149,8 @@ def show(axes, picture, boxes: list, colors: list):
 def visible(image: np.ndarray) -> np.ndarray:
     """An image (C,H,W) of any numbers -> (H,W,3), float32 from 0 to 1, as matplotlib shows it.
 
-    Of three channels or more, the first three are red, green and blue. Of one or two, the first one is grey.
+    Of three channels or more, the first three are red, green and blue. Of one or two, the first one is grey. A value far
+    outside all others, which marks pixels without data, is shown as black or white, and nan as black.
     """
     if len(image) >= 3:
         image = image[:3]
@@ -157,12 +159,13 @@ def visible(image: np.ndarray) -> np.ndarray:
     if image.dtype == np.uint8:
         smallest, largest = 0, 255
     else:
-        smallest, largest = float(image.min()), float(image.max())
+        values = np.unique(image[np.isfinite(image)])
+        smallest, largest = without_outliers(values.astype(float)) if len(values) else (0, 0)
     span = largest - smallest
     if span == 0:
         span = 1
     image = (image.astype(np.float32) - smallest) / span
-    return image.transpose(1, 2, 0)
+    return np.nan_to_num(image).clip(0, 1).transpose(1, 2, 0)
 
 
 def save(figure, path: Path):

@@ -8,26 +8,28 @@ import matplotlib
 import numpy as np
 import torch
 
-from support.image_files import (DEEPGLOBE, DataError, classes_in, count_pixels, drawn_in_white, finite_blocks,
-                                 has_transparency, mask_colors, read_image, read_mask, single_class, white)
+from support.image_files import (DEEPGLOBE, DataError, Extremes, classes_in, count_pixels, counted_pixels, drawn_in_white,
+                                 has_transparency, mask_colors, range_remark, read_image, read_mask, single_class, white,
+                                 without_outliers)
 from support.image_folder import ImageFolder, say_once
 from support.loss import IGNORE
 
 
 class Statistics:
-    """Mean and standard deviation of each channel, from blocks of pixels in which white is 1."""
+    """Mean and standard deviation of each channel, where white is 1."""
 
     def __init__(self):
         self.sums = 0
         self.squares = 0
         self.pixels = 0
 
-    def add(self, block: torch.Tensor):
-        """block: (h,w,C)."""
-        x = block.double() / white(block)
-        self.sums = self.sums + x.sum((0, 1))
-        self.squares = self.squares + x.square().sum((0, 1))
-        self.pixels += x.shape[0] * x.shape[1]
+    def add(self, pixels: np.ndarray):
+        """pixels: (n,C)."""
+        stored = torch.from_numpy(pixels)
+        x = stored.double() / white(stored)
+        self.sums = self.sums + x.sum(0)
+        self.squares = self.squares + x.square().sum(0)
+        self.pixels += len(x)
 
     def mean_and_std(self) -> tuple[list[float], list[float]]:
         """A standard deviation of 0 becomes 1, as it is divided by."""
@@ -41,12 +43,13 @@ def survey(folders: dict[str, ImageFolder], names: list[str] | None,
     """Reads every pair of train, val and test once. names: of the classes, if they are known. DataError.
 
     Returns what the images tell: channels; dtype; classes and colors; mean and std of each channel of the training
-    images, where white is 1; class_pixels, how many pixels of each class the training masks hold; not_in_val, the classes
+    images, where white is 1; range, the smallest and the largest value of each of their channels; class_pixels, how many pixels of each class the training masks hold; not_in_val, the classes
     of these that the masks for val lack. And the sizes of the training images: {(H, W): an image of that size}.
     """
     total = sum(len(folder) for folder in folders.values())
     classes = len(names) if names is not None else IGNORE
     statistics = Statistics()
+    extremes = {}  # of each split
     sizes = {}
     kinds = {}  # of image: the first image of that kind
     pixels = {}  # of each value of a mask, in each split
@@ -71,7 +74,10 @@ def survey(folders: dict[str, ImageFolder], names: list[str] | None,
             pixels_of_folder.setdefault(mask_path.parent, Counter()).update(counts)
             if folder.read_mask is read_mask:
                 check_colors(colors, classes_in(counts), mask_path)
-            for block in finite_blocks(image, image_path):
+            split_extremes = extremes.setdefault(split, Extremes(image.shape[2]))
+            for block in counted_pixels(image, image_path, mask):
+                for channel in range(image.shape[2]):
+                    split_extremes.add(channel, block[:, channel])
                 if split == "train":
                     statistics.add(block)
             if split == "train":
@@ -91,10 +97,11 @@ def survey(folders: dict[str, ImageFolder], names: list[str] | None,
     check_white(pixels_of_folder, names)
     missing = missing_classes(pixels, names)
     say_missing(missing)
+    say_outliers(extremes)
     mean, std = statistics.mean_and_std()
     class_pixels = [pixels["train"][label] for label in range(len(names))]
     known = {"channels": image.shape[2], "dtype": str(image.dtype), "classes": names, "colors": class_colors(names),
-             "mean": mean, "std": std, "class_pixels": class_pixels, "not_in_val": missing["val"]}
+             "mean": mean, "std": std, "range": extremes["train"].value_range(), "class_pixels": class_pixels, "not_in_val": missing["val"]}
     return known, sizes
 
 
@@ -178,6 +185,29 @@ def number_classes(found: set[int], folder: Path) -> list[str]:
             raise DataError(f"{folder}: the masks go up to {max(found)}, but {label} does not occur; number the classes "
                             "0, 1, 2, ... without a gap, or name all of them in DIR/classes.txt")
     return [f"class {label}" for label in sorted(found)]
+
+
+def say_outliers(extremes: dict[str, Extremes]):
+    """A line for a value of the training images that is far outside all others of its channel, and for a split with quite
+    other values than theirs."""
+    outlier = find_outlier(extremes["train"])
+    if outlier:
+        print(f"train: {outlier}; if it marks pixels without data, give these {IGNORE} in the masks")
+    trained = extremes["train"].value_range()
+    for split in ("val", "test"):
+        remark = range_remark(extremes[split].value_range(), trained)
+        if remark:
+            print(f"{split}: {remark}")
+
+
+def find_outlier(extremes: Extremes) -> str | None:
+    """What is to be said of the first channel with a value far outside all others."""
+    for channel, values in enumerate(extremes.values):
+        smallest, largest = without_outliers(values)
+        for outlier in (values[0], values[-1]):
+            if not smallest <= outlier <= largest:
+                return f"{outlier:g} in channel {channel} is far outside all other values, {smallest:g} to {largest:g}"
+    return None
 
 
 def class_colors(names: list[str]) -> list[tuple[float, float, float]]:

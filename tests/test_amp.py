@@ -1,5 +1,6 @@
 """`--amp` computes in bfloat16 what float32 would give up to rounding, and keeps weights, statistics and sums in float32."""
 
+import numpy as np
 import pytest
 import torch
 from conftest import CONFIG, CPU, assert_all_close, gradients_of, random_batch
@@ -137,6 +138,25 @@ def test_images_of_a_narrow_range_are_normalised_before_they_are_rounded():
     with torch.autocast("cpu", torch.bfloat16):
         x = normalise(image, [1000.0], [5.0])
     torch.testing.assert_close(x.flatten(), torch.tensor([-0.2, 0.0, 0.2, 1.0]))
+
+
+@pytest.mark.parametrize("missing", [-9999, 1e38, np.nan, np.inf, -np.inf])
+def test_numbers_that_are_not_finite_or_far_outside_the_range_of_training_become_the_mean(missing):
+    image = torch.tensor([2.0, 6.0, -1.9, 9.9, missing])[None, None, None]  # -2 and 10 are as far as values may lie outside
+    x = normalise(image, [4.0], [2.0], [[2.0], [6.0]])
+    torch.testing.assert_close(x.flatten(), torch.tensor([-1.0, 1.0, -2.95, 2.95, 0.0]))
+
+
+def test_without_a_known_range_numbers_that_are_not_finite_become_the_mean_and_others_stay():
+    image = torch.tensor([2.0, -9999.0, np.nan, np.inf])[None, None, None]
+    x = normalise(image, [1.0], [1.0])
+    assert x.flatten().tolist() == [1, -10000, 0, 0]
+
+
+def test_no_value_of_8_bits_is_far_outside():
+    image = torch.tensor([10, 255], dtype=torch.uint8)[None, None, None]
+    x = normalise(image, [0.0], [1 / 255], [[10], [20]])
+    torch.testing.assert_close(x.flatten(), torch.tensor([10.0, 255.0]))
 
 
 def test_every_channel_is_normalised_by_its_own_numbers_and_white_is_one():

@@ -1,6 +1,7 @@
 """Every format against arrays made here, and what a folder is taken to mean."""
 
 import io
+import json
 import struct
 import zlib
 from contextlib import redirect_stdout
@@ -676,6 +677,64 @@ def test_masks_of_a_single_class_are_named(folder_without_names, capsys):
     for path in (folder_without_names / "train/masks").iterdir():
         save(path, mask)
     assert_refused(folder_without_names, "know a single class", capsys)
+
+
+# Pixels without data
+
+def make_arrays(root, missing, counts):
+    """Float images of two channels whose first row holds `missing`. counts: whether the masks count that row."""
+    pixels = []
+    for split in ("train", "val", "test"):
+        for name in ("a", "b", "c"):
+            image = RNG.random((16, 24, 2)) + [0, 5]
+            mask = random_mask((16, 24))
+            image[0] = missing
+            if not counts:
+                mask[0] = 255
+            save(root / f"{split}/images/{name}.npy", image.astype(np.float32))
+            save(root / f"{split}/masks/{name}.png", mask)
+            if split == "train":
+                pixels.append(image[1:].reshape(-1, 2))
+    return np.concatenate(pixels)
+
+
+@pytest.mark.parametrize("missing", [np.nan, np.inf, -9999, 1e38])
+def test_pixels_that_do_not_count_do_not_count_in_the_statistics(missing, tmp_path, capsys):
+    pixels = make_arrays(tmp_path, missing, counts=False)
+    known, _ = survey_of(tmp_path)
+    np.testing.assert_allclose(known["mean"], pixels.mean(axis=0), rtol=1e-6)
+    np.testing.assert_allclose(known["std"], pixels.std(axis=0), rtol=1e-6)
+    np.testing.assert_allclose(known["range"], [pixels.min(axis=0), pixels.max(axis=0)], rtol=1e-6)
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("missing", [-9999, 65535])
+def test_a_value_that_counts_and_is_far_outside_all_others_is_named_once(missing, tmp_path, capsys):
+    make_arrays(tmp_path, missing, counts=True)
+    survey_of(tmp_path)
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith(f"train: {missing} in channel 0 is far outside all other values, 0.")
+
+
+def test_a_split_with_quite_other_values_than_training_is_named(tmp_path, capsys):
+    make_arrays(tmp_path, [0.5, 5.5], counts=True)
+    save(tmp_path / "val/images/a.npy", np.full((16, 24, 2), 255, np.float32))
+    survey_of(tmp_path)
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("val: values from ") and " to 255, but the training images have " in line
+
+
+@pytest.mark.parametrize("missing", [np.nan, -9999])
+def test_training_and_scores_are_those_without_missing_data_whatever_marks_it(missing, tmp_path, no_pictures):
+    scores = []
+    for name, value in (("a", missing), ("b", 1e30)):
+        RNG.bit_generator.state = np.random.default_rng(5).bit_generator.state
+        make_arrays(tmp_path / name, value, counts=False)
+        options = "--width 2 --depth 1 --comm-channels 0 --epochs 1 --batch-size 2 --dataset folder --data".split()
+        train.main([*options, str(tmp_path / name), "--out", str(tmp_path / f"run {name}")])
+        metrics = json.loads((tmp_path / f"run {name}/metrics.json").read_text())
+        scores.append((metrics["val"], metrics["test"]))
+    assert scores[0] == scores[1]
 
 
 # An object drawn in white, and classes that a split lacks

@@ -26,6 +26,12 @@ def test_pictures_of_any_shape_fill_their_rows(height, width, tmp_path):
     assert black.mean() > 0.6
 
 
+@pytest.mark.parametrize("missing", [np.nan, -np.inf, -9999])
+def test_pixels_without_data_are_black_and_leave_the_others_their_grey(missing):
+    image = np.array([[[missing, 2.0, 3.0, 4.0]]], np.float32)
+    np.testing.assert_allclose(plots.visible(image)[0, :, 0], [0, 0, 0.5, 1])
+
+
 # Pictures of large images
 
 @pytest.mark.parametrize("size, step", [((1024, 64), 1), ((1025, 64), 2), ((64, 5000), 5)])

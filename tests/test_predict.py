@@ -339,6 +339,54 @@ def test_a_checkpoint_that_is_none_is_named(tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+# Values of another range
+
+@pytest.fixture(scope="module")
+def floats(tmp_path_factory):
+    """The checkpoint of a network for grey images of numbers from 0 to 1, in float32."""
+    folder = tmp_path_factory.mktemp("floats")
+    for i in range(12):
+        save(folder / f"data/train/images/{i}.npy", RNG.random((32, 32)).astype(np.float32))
+        save(folder / f"data/train/masks/{i}.png", random_mask((32, 32)))
+    train_small(folder / "run", "--dataset", "folder", "--data", str(folder / "data"))
+    return folder / "run/best.pt"
+
+
+def predict_array(checkpoint, image, folder):
+    """The mask of an image of float32, in files of this folder."""
+    path = save(folder / "a.npy", image.astype(np.float32))
+    assert run(checkpoint, path, "--out", folder / "out") == 0
+    return np.load(folder / "out/a.npy")
+
+
+@pytest.mark.parametrize("missing", [np.nan, np.inf, -9999])
+def test_pixels_without_data_are_taken_as_the_mean(missing, floats, tmp_path, capsys):
+    image = RNG.random((32, 32))
+    image[:5] = missing
+    mask = predict_array(floats, image, tmp_path / "missing")
+    said = capsys.readouterr().out
+    if np.isfinite(missing):
+        assert "a.npy: values from -9999 to " in said
+    else:
+        assert "a.npy: 160 numbers are nan, inf or beyond 1e38; they are taken as the mean of the training images" in said
+    _, config = load_model(floats)
+    image[:5] = config["mean"]
+    assert np.array_equal(mask, predict_array(floats, image, tmp_path / "mean"))
+    assert "a.npy: values" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("factor, message", [
+    (255, " to 254.9"),
+    (1 / 255, " to 0.0039"),
+])
+def test_images_of_another_range_than_those_of_training_are_named(factor, message, floats, tmp_path, capsys):
+    image = RNG.random((32, 32))
+    image[0, 0] = 0.9999
+    predict_array(floats, factor * image, tmp_path)
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "a.npy: values from " in line]
+    assert f"{message}" in line and "but the training images have " in line
+
+
 # DeepGlobe, from its layout to masks
 
 @pytest.fixture(scope="module")

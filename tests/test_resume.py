@@ -17,6 +17,7 @@ from multiprocessing.pool import ThreadPool
 import pytest
 import torch
 from conftest import ROOT
+from test_image_folder import make_folder
 
 import train
 from support import checkpoints, processes
@@ -351,3 +352,20 @@ def test_without_epochs_the_network_is_only_evaluated(tmp_path):
     run([*OPTIONS, "--epochs", "0"], tmp_path / "run")
     names = {path.name for path in (tmp_path / "run").iterdir()}
     assert names == {"best.pt", "last.pt", "metrics.json", "predictions.png"}
+
+
+def test_a_run_on_images_of_your_own_that_an_older_version_began_goes_on(tmp_path):
+    make_folder(tmp_path / "data", 12)
+    options = "--width 2 --depth 2 --comm-channels 4 --batch-size 4 --epochs 1 --dataset folder --data".split()
+    run([*options, str(tmp_path / "data")], tmp_path / "run")
+    state = checkpoints.load(tmp_path / "run/last.pt")
+    config = state["config"]
+    for name in ("range", "class_pixels", "not_in_val"):
+        del config[name]
+    config["mean"] = [0.5, 0.5, 0.5]  # pixels that do not count were among those of older versions
+    config["epochs"] = 2  # of three steps
+    state["schedule"]["total_steps"] = 6
+    checkpoints.save(tmp_path / "run/last.pt", state)
+    resume(tmp_path / "run")
+    assert epochs_done(tmp_path / "run") == 2
+    assert checkpoints.load(tmp_path / "run/last.pt")["config"]["mean"] == [0.5, 0.5, 0.5]
