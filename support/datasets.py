@@ -6,7 +6,7 @@ from pathlib import Path
 from torch.utils.data import Dataset
 
 from support.image_files import DataError
-from support.image_folder import SPLITS, class_names, open_folder
+from support.image_folder import SPLITS, ImageFolder, class_names, open_folder
 from support.sizes import check_sizes
 from support.survey import survey
 from synthetic import LinesAndCircles
@@ -21,7 +21,8 @@ def build_datasets(config: dict) -> dict[str, Dataset]:
     seed = config["seed"]
     if config["dataset"] != "synthetic":
         deepglobe = config["dataset"] == "deepglobe"
-        return open_folder(Path(config["data"]), deepglobe, seed, config["crop"], config["augment"])
+        cell = 2 ** config["depth"]
+        return open_folder(Path(config["data"]), deepglobe, seed, config["crop"], config["augment"], cell)
     height, width = config["image_size"]
     rows = max(height // 32, 1)
     columns = max(width // 32, 1)
@@ -45,10 +46,20 @@ def describe(config: dict, progress: Callable) -> dict:
     known, sizes = survey(datasets, names, progress)
     known["image_size"] = check_sizes(config, sizes, len(datasets["train"]))
     classes = known["classes"]
-    train, val, test = (len(datasets[split]) for split in SPLITS)
+    train, val, test = (len(datasets[split].pairs) for split in SPLITS)
     print(f"{len(classes)} classes ({', '.join(classes)}), {known['channels']}-channel images: {train} for train, {val} for "
           f"val, {test} for test")
+    if datasets["train"].rows is not None:
+        print(describe_epoch(datasets["train"]))
     return known
+
+
+def describe_epoch(train: ImageFolder) -> str:
+    """What an epoch is, if the training images are few and large."""
+    if train.crop is None:
+        return "an epoch learns from each training image once; with --crop HxW, from as many windows as cover it"
+    height, width = train.crop
+    return f"an epoch learns from {len(train)} windows of {height}x{width}, as many as cover the training rows"
 
 
 def describe_synthetic(config: dict) -> dict:

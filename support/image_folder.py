@@ -1,14 +1,15 @@
 """Pairs of an image and a mask in a folder of your own, or in DeepGlobe's as it is distributed.
 
-    DIR/train/images/NAME.png    DIR/train/masks/NAME.png    and the same in DIR/val and DIR/test; without one of them,
-                                                             a tenth of the training pairs, drawn by the seed, stands in
-                                                             (DIR/valid or DIR/validation stands for DIR/val)
+    DIR/train/images/NAME.png    DIR/train/masks/NAME.png    and the same in DIR/val (or DIR/valid, DIR/validation) and
+                                                             DIR/test
     DIR/classes.txt              names of the classes, one a line; without it they are numbered
 
-Which files can be read tells image_files.py. Letters as in decompose.py.
+Without val or test, a tenth of the training pairs, drawn by the seed, stands in; or, where there are only one or two, a
+tenth of their rows. Which files can be read tells image_files.py. Letters as in decompose.py.
 """
 
 import functools
+import math
 import unicodedata
 from collections import Counter
 from collections.abc import Callable
@@ -26,6 +27,7 @@ SPLITS = ("train", "val", "test")
 UNREADABLE = (".bmp", ".gif", ".webp", ".jp2", ".npz")
 SPLIT_OF_THE_LITERATURE = Path(__file__).parent.parent / "experiments/deepglobe_split.txt"
 Pair = tuple[Path, Path]  # image, mask
+Rows = tuple[int, int]  # top, bottom: the part of an image that belongs to a split
 
 
 # Finding the pairs
@@ -131,13 +133,16 @@ def find_deepglobe(root: Path, seed: int) -> dict[str, list[Pair]]:
 
 
 def complete(split: dict[str, list[Pair]], root: Path, seed: int) -> dict[str, list[Pair]]:
-    """All three splits. One that is missing gets a tenth of the training pairs, at least one, drawn by the seed."""
+    """All three splits. One that is missing gets a tenth of the training pairs, at least one, drawn by the seed.
+
+    If there are too few for that, it gets all of them, and `open_folder` gives each split rows of its own.
+    """
     missing = [name for name in SPLITS if name not in split]
     if not missing:
         return split
     total = len(split["train"])
     if total <= len(missing):
-        raise DataError(f"{root}: {total} training pairs are too few to take {' and '.join(missing)} from; add some")
+        return split | dict.fromkeys(missing, split["train"])
     order = np.random.default_rng(seed).permutation(total)
     pairs = [split["train"][i] for i in order]
     tenth = max(total // 10, 1)
@@ -174,26 +179,50 @@ class ImageFolder(Dataset):
     """Pairs of an image (C,H,W) and a mask (H,W), both as stored, class indices in uint8.
 
     crop: (height, width) of a window, somewhere else in each epoch. augment: flips, and quarter turns of square images;
-    for that a mapped image is read, or of a window only the window. What is drawn for image i depends on `seed`, on
+    for that a mapped image is read, or of a window only the window. What is drawn for item i depends on `seed`, on
     `epoch` and on i alone, so it does not matter which process reads it, or when.
+    rows: of each pair those that belong to this data set; None: all. There is one item for each pair, but for a pair of
+    which only some rows belong to it, as many windows as it takes to cover them.
     """
 
     def __init__(self, pairs: list[Pair], read_mask: Callable = read_mask, crop: tuple[int, int] | None = None,
-                 augment: bool = False, seed: int = 0):
+                 augment: bool = False, seed: int = 0, rows: list[Rows] | None = None):
         self.pairs = pairs
         self.read_mask = read_mask
         self.crop = crop
         self.augment = augment
         self.seed = seed
+        self.rows = rows
         self.epoch = 0
+        self.items = range(len(pairs))  # the number of the pair that each item is of
+        if rows is not None and crop is not None:
+            self.items = self.windows()
 
-    def __len__(self) -> int:
-        return len(self.pairs)
+    def windows(self) -> list[int]:
+        items = []
+        for number in range(len(self.pairs)):
+            image, _ = self.read(number)
+            height, width = image.shape[:2]
+            windows = math.ceil(height * width / math.prod(self.crop))
+            items += [number] * windows
+        return items
 
-    def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
-        image_path, mask_path = self.pairs[i]
+    def read(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """The image (H,W,C) and the mask (H,W) of a pair, without the rows of other splits. What is mapped stays so."""
+        image_path, mask_path = self.pairs[number]
         image = read_image(image_path)
         mask = self.read_mask(mask_path)
+        if self.rows is not None:
+            top, bottom = self.rows[number]
+            image = image[top:bottom]
+            mask = mask[top:bottom]
+        return image, mask
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
+        image, mask = self.read(self.items[i])
         rng = np.random.default_rng((self.seed, self.epoch, i))
         if self.crop is not None:
             height, width = self.crop
@@ -220,14 +249,57 @@ def flip_and_turn(image: np.ndarray, mask: np.ndarray, rng: np.random.Generator)
 
 
 def open_folder(root: Path, deepglobe: bool, seed: int, crop: tuple[int, int] | None = None,
-                augment: bool = False) -> dict[str, ImageFolder]:
-    """Train, val and test of DIR. Crops and augmentation are for training. DataError."""
+                augment: bool = False, cell: int = 8) -> dict[str, ImageFolder]:
+    """Train, val and test of DIR. Crops and augmentation are for training. DataError.
+
+    cell: pixels of a cell, of which a band of an image has at least two.
+    """
     if deepglobe:
         pairs, reader = find_deepglobe(root, seed), read_deepglobe_mask
     else:
         pairs, reader = find_pairs(root, seed), read_mask
+    rows = dict.fromkeys(SPLITS)
+    sharing = [name for name in SPLITS if pairs[name] == pairs["train"]]
+    if len(sharing) > 1:
+        rows |= cut_into_bands(pairs["train"], sharing, cell, reader)
     return {
-        "train": ImageFolder(pairs["train"], reader, crop, augment, seed),
-        "val": ImageFolder(pairs["val"], reader),
-        "test": ImageFolder(pairs["test"], reader),
+        "train": ImageFolder(pairs["train"], reader, crop, augment, seed, rows["train"]),
+        "val": ImageFolder(pairs["val"], reader, rows=rows["val"]),
+        "test": ImageFolder(pairs["test"], reader, rows=rows["test"]),
     }
+
+
+def check_same_size(image: np.ndarray, image_path: Path, mask: np.ndarray, mask_path: Path):
+    """DataError: an image (H,W,C) and its mask are not of the same size."""
+    height, width = image.shape[:2]
+    if (height, width) != mask.shape:
+        hint = "; if the array is (C,H,W), save array.transpose(1, 2, 0)" if image.shape[1:] == mask.shape else ""
+        raise DataError(f"{image_path}: {height}x{width} pixels, but its mask {mask_path.name} has "
+                        f"{mask.shape[0]}x{mask.shape[1]}; they must be equal{hint}")
+
+
+def cut_into_bands(pairs: list[Pair], splits: list[str], cell: int, read_mask: Callable) -> dict[str, list[Rows]]:
+    """The rows that belong to each of the splits, "train" and those that have to share its images.
+
+    Train has the upper ones, the others a tenth each at the bottom, or two cells if that is more.
+    DataError: this would be more than half of an image; or its mask is of another size.
+    """
+    rows = {name: [] for name in splits}
+    others = splits[1:]
+    for path, mask_path in pairs:
+        image = read_image(path)
+        check_same_size(image, path, read_mask(mask_path), mask_path)
+        height = len(image)
+        band = max(height // 10 // cell, 2) * cell
+        bottom = height - band * len(others)
+        if bottom < height / 2:
+            raise DataError(f"{path}: its {height} rows are too few to cut {' and '.join(others)} out of it, {band} "
+                            "rows each; add training pairs")
+        rows["train"].append((0, bottom))
+        told = f"rows 0 to {bottom - 1} are for train"
+        for name in others:
+            top, bottom = bottom, bottom + band
+            rows[name].append((top, bottom))
+            told += f", {top} to {bottom - 1} for {name}"
+        say_once(f"{path}: {told}, as there are too few images for each to have its own")
+    return rows

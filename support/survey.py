@@ -9,9 +9,8 @@ import numpy as np
 import torch
 
 from support.image_files import (DEEPGLOBE, DataError, Extremes, classes_in, count_pixels, counted_pixels, drawn_in_white,
-                                 has_transparency, mask_colors, range_remark, read_image, read_mask, single_class, white,
-                                 without_outliers)
-from support.image_folder import ImageFolder, say_once
+                                 has_transparency, mask_colors, range_remark, read_mask, single_class, white, without_outliers)
+from support.image_folder import ImageFolder, check_same_size, say_once
 from support.loss import IGNORE
 
 
@@ -43,10 +42,11 @@ def survey(folders: dict[str, ImageFolder], names: list[str] | None,
     """Reads every pair of train, val and test once. names: of the classes, if they are known. DataError.
 
     Returns what the images tell: channels; dtype; classes and colors; mean and std of each channel of the training
-    images, where white is 1; range, the smallest and the largest value of each of their channels; class_pixels, how many pixels of each class the training masks hold; not_in_val, the classes
-    of these that the masks for val lack. And the sizes of the training images: {(H, W): an image of that size}.
+    images, where white is 1; range, the smallest and the largest value of each of their channels; class_pixels, how many
+    pixels of each class the training masks hold; not_in_val, the classes of these that the masks for val lack. And the
+    sizes of the training images: {(H, W): an image of that size}.
     """
-    total = sum(len(folder) for folder in folders.values())
+    total = sum(len(folder.pairs) for folder in folders.values())
     classes = len(names) if names is not None else IGNORE
     statistics = Statistics()
     extremes = {}  # of each split
@@ -59,11 +59,10 @@ def survey(folders: dict[str, ImageFolder], names: list[str] | None,
     done = 0
     for split, folder in folders.items():
         pixels[split] = Counter()
-        for image_path, mask_path in folder.pairs:
+        for number, (image_path, mask_path) in enumerate(folder.pairs):
             done += 1
             progress(f"looking at image {done} of {total}")
-            image = read_image(image_path)
-            mask = folder.read_mask(mask_path)
+            image, mask = folder.read(number)
             kinds.setdefault(f"{image.shape[2]}-channel {image.dtype}", image_path)
             check_pair(image, image_path, mask, mask_path, folder.crop)
             check_kinds(kinds, image_path)
@@ -101,16 +100,14 @@ def survey(folders: dict[str, ImageFolder], names: list[str] | None,
     mean, std = statistics.mean_and_std()
     class_pixels = [pixels["train"][label] for label in range(len(names))]
     known = {"channels": image.shape[2], "dtype": str(image.dtype), "classes": names, "colors": class_colors(names),
-             "mean": mean, "std": std, "range": extremes["train"].value_range(), "class_pixels": class_pixels, "not_in_val": missing["val"]}
+             "mean": mean, "std": std, "range": extremes["train"].value_range(), "class_pixels": class_pixels,
+             "not_in_val": missing["val"]}
     return known, sizes
 
 
 def check_pair(image: np.ndarray, image_path: Path, mask: np.ndarray, mask_path: Path, crop: tuple[int, int] | None):
-    height, width = image.shape[:2]
-    if (height, width) != mask.shape:
-        hint = "; if the array is (C,H,W), save array.transpose(1, 2, 0)" if image.shape[1:] == mask.shape else ""
-        raise DataError(f"{image_path}: {height}x{width} pixels, but its mask {mask_path.name} has "
-                        f"{mask.shape[0]}x{mask.shape[1]}; they must be equal{hint}")
+    check_same_size(image, image_path, mask, mask_path)
+    height, width = mask.shape
     if crop is not None and (height < crop[0] or width < crop[1]):
         raise DataError(f"{image_path}: {height}x{width} pixels are fewer than --crop {crop[0]}x{crop[1]}; take a smaller "
                         "crop")

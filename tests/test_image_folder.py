@@ -949,7 +949,7 @@ SIX_OF_TWO_SIZES = 3 * [(16, 24), (24, 16)]
 
 @pytest.mark.parametrize("sizes, options, message", [
     ([], "", "data/train/images: no such folder"),
-    ([(16, 24)], "", "1 training pairs are too few to take val and test from"),
+    ([(16, 24)], "", "0.png: its 16 rows are too few to cut val and test out of it, 16 rows each; add training pairs"),
     (SIX_OF_TWO_SIZES, "", "images of several sizes need --batch-size 1 or --crop HxW"),
     (SIX_OF_16x24, "--crop 32", "16x24 pixels are fewer than --crop 32x32; take a smaller crop"),
     (6 * [(8, 8)], "", "2 rows of tiles: an image of 8x8 pixels in cells of 8x8 can have 1 to 1"),

@@ -109,7 +109,7 @@ def test_an_image_that_vanishes_during_training_is_one_line(workers, data):
     loader = make_loaders(datasets, {**CONFIG, "workers": workers}, torch.Generator())["train"]
     with pytest.raises(DataError) as caught:
         list(loader)
-    assert str(caught.value) == f"{image}: no such file; name a PNG, a JPEG or an .npy"
+    assert str(caught.value) == f"{image}: no such file; name a PNG, a JPEG, a TIFF or an .npy"
 
 
 class Dies(Dataset):

@@ -315,11 +315,11 @@ def read_all_files(folder):
     ("nan.npy", "", "nan.npy: holds nan"),
     ("archive.npy", "", "archive.npy: cannot be read as an array (an archive of several)"),
     ("picture.bmp", "", "picture.bmp: cannot be read (no PNG, JPEG or TIFF)"),
-    (".", "", ".: a folder; name a PNG"),
+    (".", "", "--out predictions: is inside ., where the masks would be taken for images"),
     ("grey.png", "--masks nowhere", "--masks nowhere: no such folder"),
     ("grey.png", "--out .", "grey.png: is there already"),
     ("grey.png", "--out color.png", "color.png"),
-    ("grey.png", "other/grey.npy", "two images are named grey"),
+    ("grey.png", "grey.npy", "grey.png and grey.npy would both be written to predictions/grey-overlay.png"),
 ])
 def test_bad_input_ends_with_one_line_and_status_2(name, options, message, grey, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)

@@ -84,6 +84,7 @@ def place(tmp_path_factory):
     save(place / "IMAGE.png", np.zeros((64, 64, 3), np.uint8))
     save(place / "IMAGE.tif", np.zeros((64, 64, 3), np.uint8))
     save(place / "IMAGE.npy", np.zeros((64, 64, 3), np.uint8))
+    save(place / "SCANS/IMAGE.png", np.zeros((64, 64, 3), np.uint8))
     save(place / "ANOTHER.npy", np.zeros((80, 99, 3), np.uint8))
     save(place / "MASKS/IMAGE.png", np.zeros((64, 64), np.uint8))
     run("python train.py --dataset folder --data DIR", place, *SMALL, "--out", "runs/NAME")
