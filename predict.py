@@ -115,13 +115,13 @@ def make_parser() -> Parser:
            "all images are taken, also those in its subfolders")
     option("--out", type=Path, metavar="DIR", help="folder to write to, in the same subfolders (default: a new one, "
            "predictions)")
-    option("--gpus", type=number(1), help="GPUs to use (default: all there are)")
+    option("--gpus", type=number(1), metavar="N", help="GPUs to use (default: all there are)")
     option("--grid", type=pair, metavar="RxQ", help="rows x columns of tiles (default: as many as keep them no larger than "
            "in training, or than 256x256)")
     option("--probabilities", action="store_true", help="write also NAME-probabilities.npy, the probability of each "
            "class at each pixel: float16 of shape (classes, height, width) (default: no)")
     option("--masks", type=Path, metavar="DIR", help="folder of true masks, to score the predictions; "
-           "each has the name of its image, and lies in the same subfolder or right in DIR")
+           "each has the name of its image, and lies in the same subfolder or right in DIR (default: no scores)")
     return parser
 
 

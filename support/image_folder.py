@@ -294,7 +294,7 @@ def cut_into_bands(pairs: list[Pair], splits: list[str], cell: int, read_mask: C
         bottom = height - band * len(others)
         if bottom < height / 2:
             raise DataError(f"{path}: its {height} rows are too few to cut {' and '.join(others)} out of it, {band} "
-                            "rows each; add training pairs")
+                            "rows each; add training pairs, or take a smaller --depth")
         rows["train"].append((0, bottom))
         told = f"rows 0 to {bottom - 1} are for train"
         for name in others:

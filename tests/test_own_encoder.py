@@ -1,4 +1,4 @@
-"""docs/own-encoder.md: its code runs, with torchvision or a stand-in of the same interface, and tiles do what they should."""
+"""docs/own-encoder.md: its code runs, with torchvision or a stand-in of the same interface, in tiles that communicate."""
 
 import importlib.util
 import re
