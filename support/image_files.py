@@ -132,7 +132,8 @@ def read_image(path: Path) -> np.ndarray:
                             "expected, so if it is (C,H,W) save array.transpose(1, 2, 0)")
     else:
         picture, stored = open_picture(path)
-        image = picture_to_array(ImageOps.exif_transpose(picture), stored)  # cameras store how they were held
+        ImageOps.exif_transpose(picture, in_place=True)  # cameras store how they were held
+        image = picture_to_array(picture, stored)
     if image.ndim == 2:
         image = image[..., None]
     return image
@@ -152,12 +153,31 @@ def has_transparency(path: Path) -> bool:
 def picture_to_array(picture: Image.Image, stored: str) -> np.ndarray:
     """(H,W) or (H,W,3) in the type of the file. stored: see `open_picture`."""
     if picture.mode == "F":
-        return np.array(picture)
+        return pixels(picture, "F")
     if picture.mode.startswith("I"):
-        return np.array(picture).astype(type_of_integers(stored))
+        return pixels(picture, picture.mode).astype(type_of_integers(stored), copy=False)
     if picture.mode in ("1", "L", "LA"):
-        return np.array(picture.convert("L"))
-    return np.array(picture.convert("RGB"))
+        return pixels(picture, "L")
+    return pixels(picture, "RGB")
+
+
+def pixels(picture: Image.Image, mode: str) -> np.ndarray:
+    """(H,W) or (H,W,C), what a picture holds after conversion to a mode of Pillow.
+
+    Some rows at a time: to convert it, and to hand it over to NumPy, Pillow makes copies of what it is asked for.
+    """
+    width, height = picture.size
+    rows = max(2**18 // width, 1)
+    array = None
+    for top in range(0, height, rows):
+        part = picture.crop((0, top, width, min(top + rows, height)))
+        if part.mode != mode:
+            part = part.convert(mode)
+        part = np.asarray(part)
+        if array is None:
+            array = np.empty((height, *part.shape[1:]), part.dtype.newbyteorder("="))
+        array[top:top + rows] = part
+    return array
 
 
 def type_of_integers(stored: str) -> type:
@@ -196,11 +216,11 @@ def picture_to_mask(path: Path) -> np.ndarray:
     if "JPEG" in (picture.format, picture.info.get("compression", "").upper()):
         raise DataError(f"{path}: JPEG changes the values of a mask; save masks as PNG or .npy")
     if picture.mode in ("1", "P"):
-        return np.array(picture)
+        return pixels(picture, picture.mode)
     if picture.mode == "L":
         if ";" in stored and "I" in stored:
             raise DataError(f"{path}: a TIFF in which 0 is white, so that its values are turned round; save it as PNG")
-        return np.array(picture) // grey_step(stored)
+        return pixels(picture, "L") // grey_step(stored)
     if picture.mode == "F" or picture.mode.startswith("I"):
         return picture_to_array(picture, stored)
     mask = equal_bands(picture)
@@ -229,7 +249,7 @@ def equal_bands(picture: Image.Image) -> np.ndarray | None:
         lowest, highest = bands.pop().getextrema()
         if lowest < highest:
             return None
-    first = np.array(bands[0])
+    first = np.asarray(bands[0])
     for band in bands[1:]:
         if not np.array_equal(first, band):
             return None
@@ -260,8 +280,8 @@ def read_deepglobe_mask(path: Path) -> np.ndarray:
     for label, (name, (red, green, blue)) in enumerate(DEEPGLOBE.items()):
         if name != "unknown":
             label_of[4 * red + 2 * green + blue] = label
-    pixels = np.array(picture.convert("RGB")) >> 7  # 0 below 128, else 1
-    return label_of[4 * pixels[..., 0] + 2 * pixels[..., 1] + pixels[..., 2]]
+    bright = pixels(picture, "RGB") >> 7  # 0 below 128, else 1
+    return label_of[4 * bright[..., 0] + 2 * bright[..., 1] + bright[..., 2]]
 
 
 # What the numbers mean
@@ -434,17 +454,21 @@ def single_class(folder: Path) -> DataError:
 def check_regions(mask: np.ndarray, path: Path):
     """DataError: most values of a mask form no regions, but only lines between them, as do the grey values that come from
     interpolation and from JPEG. True classes, of which there may be many, form regions."""
-    pixels = Counter()  # of each value
-    pixels_in_lines = Counter()
+    counts = Counter()  # pixels of each value
+    counts_in_lines = Counter()
     for block in blocks(mask):
-        count_values(block, pixels)
-        count_values(block[one_pixel_wide(block)], pixels_in_lines)
-    lines = [value for value in pixels if pixels_in_lines[value] > pixels[value] / 2]
-    total = sum(pixels[value] for value in lines)
-    most_values_are_lines = len(lines) >= MANY_VALUES and len(lines) > len(pixels) / 2
+        count_values(block, counts)
+        count_values(block[one_pixel_wide(block)], counts_in_lines)
+    lines = []  # the values that form no regions
+    total = 0
+    for value, count in counts.items():
+        if counts_in_lines[value] > count / 2:
+            lines.append(value)
+            total += count
+    most_values_are_lines = len(lines) >= MANY_VALUES and len(lines) > len(counts) / 2
     most_pixels_are_not = total < mask.size / 2  # else it is noise
     if most_values_are_lines and most_pixels_are_not and total > 1.5 * len(lines):
-        raise DataError(f"{path}: {len(lines)} of its {len(pixels)} different values form lines one pixel wide, as after "
+        raise DataError(f"{path}: {len(lines)} of its {len(counts)} different values form lines one pixel wide, as after "
                         "resizing with interpolation, or JPEG; make the masks anew, with nearest neighbour and as PNG")
 
 

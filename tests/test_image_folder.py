@@ -3,6 +3,7 @@
 import io
 import json
 import struct
+import tracemalloc
 import zlib
 from contextlib import redirect_stdout
 
@@ -183,6 +184,29 @@ def test_an_image_that_was_taken_upside_down_is_turned_back(tmp_path):
     Image.fromarray(GREY).save(tmp_path / "turned.png", exif=exif)
     image = image_files.read_image(tmp_path / "turned.png")
     assert np.array_equal(image[..., 0], GREY[::-1, ::-1])
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L"])
+def test_a_picture_takes_little_more_memory_than_its_array(mode, tmp_path):
+    row = random_image((1, 1500))
+    path = save(tmp_path / "large.png", np.repeat(row, 1000, axis=0), mode)
+    tracemalloc.start()  # of arrays and bytes; what Pillow decodes into is not seen
+    image = image_files.read_image(path)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    with Image.open(path) as picture:
+        expected = np.array(picture).reshape(1000, 1500, -1)[..., :3]
+    assert np.array_equal(image, expected)
+    assert image.nbytes <= peak < 1.8 * image.nbytes
+
+
+@pytest.mark.parametrize("array", [GREY, COLOR, DEEP])
+def test_a_picture_that_needs_no_change_is_not_copied(array, tmp_path, monkeypatch):
+    array = np.concatenate([array] * 2000)
+    path = save(tmp_path / "image.png", array)
+    monkeypatch.setattr(Image.Image, "copy", None)  # Pillow's own turning and converting would call it
+    image = image_files.read_image(path)
+    assert np.array_equal(image.squeeze(), array)
 
 
 # One mask
