@@ -1,8 +1,8 @@
 """One image or one mask on disk: reading it, with one line for everything that cannot be read.
 
-Images: PNG, JPEG, TIFF, PPM or PGM (grey or colour; transparency is left out), or .npy of shape (H,W) or (H,W,C), which is
-mapped into memory, so that only the tile at hand is read. Masks: class indices from 0 on, and 255 for pixels that shall not
-count; PNG, TIFF or PGM (grey, with a palette, or with red, green and blue all equal), or .npy of shape (H,W).
+Images: PNG, JPEG, TIFF, PPM or PGM (grey or colour; transparency is left out), or .npy of shape (H,W) or (H,W,C), which
+is mapped into memory, so that only the tile at hand is read. Masks: class indices from 0 on, and 255 for pixels that
+shall not count; PNG, TIFF or PGM (grey, with a palette, or with red, green and blue all equal), or .npy of shape (H,W).
 What cannot be used raises DataError. Its message is one line: the file, what was expected, the fix.
 """
 
@@ -19,8 +19,8 @@ from torch import Tensor
 from support.loss import IGNORE
 
 PICTURES = (".png", ".jpg", ".jpeg", ".jfif", ".tif", ".tiff", ".ppm", ".pgm")
-MANY_VALUES = 8  # a mask of more different ones is looked at more closely
 FORMATS = ("PNG", "JPEG", "TIFF", "PPM")
+MANY_VALUES = 8  # a mask of more different ones is looked at more closely
 Image.MAX_IMAGE_PIXELS = None  # large images are what this project is for
 
 DEEPGLOBE = {  # class: red, green, blue
@@ -68,6 +68,7 @@ def open_picture(path: Path) -> tuple[Image.Image, str]:
 
 
 def how_stored(picture: Image.Image) -> str:
+    """See `open_picture`. To be asked before the pixels are loaded."""
     arguments = picture.tile[0][-1]  # of the decoder: the kind of pixels, or that and more
     return arguments if isinstance(arguments, str) else arguments[0]
 
@@ -213,7 +214,8 @@ def array_to_mask(array: np.ndarray, path: Path) -> np.ndarray:
 
 def picture_to_mask(path: Path) -> np.ndarray:
     picture, stored = open_picture(path)
-    if "JPEG" in (picture.format, picture.info.get("compression", "").upper()):
+    compression = picture.info.get("compression", "")
+    if picture.format in ("JPEG", "MPO") or (picture.format == "TIFF" and "jpeg" in compression):
         raise DataError(f"{path}: JPEG changes the values of a mask; save masks as PNG or .npy")
     if picture.mode in ("1", "P"):
         return pixels(picture, picture.mode)

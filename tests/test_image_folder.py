@@ -264,6 +264,13 @@ def test_a_mask_in_an_array_is_the_indices_that_were_saved(kind, tmp_path):
     assert np.array_equal(image_files.read_mask(path), MASK)
 
 
+def test_a_mask_in_a_jpeg_of_several_pictures_is_named(tmp_path):
+    picture = Image.fromarray(MASK)
+    picture.save(tmp_path / "mask.jpg", format="MPO", save_all=True, append_images=[picture])
+    with pytest.raises(image_files.DataError, match="JPEG changes the values of a mask"):
+        image_files.read_mask(tmp_path / "mask.jpg")
+
+
 def test_the_palette_of_a_mask_is_not_its_classes(tmp_path):
     picture = Image.fromarray(MASK)
     picture.putpalette([200, 10, 10, 10, 200, 10, 10, 10, 200])
