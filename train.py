@@ -70,18 +70,19 @@ def batch_loss(model: nn.Module, images: Tensor, masks: Tensor, tiling: Tiling, 
                config: dict) -> Tensor:
     """Images (B,C,H,W), masks (B,H,W) -> the loss, on the first device. Each tile gives its sums, and only these travel.
 
-    Of config it needs "mean", "std", "amp" and "recompute".
+    Of config it needs "mean", "std", "amp" and "recompute"; without "range" and "loss_weights" it does without these.
     """
     mask_tiles = tiling.split(masks, overlap=False, fill=IGNORE)
+    weights = config.get("loss_weights")
 
     def finish(i, logits):
         mask = to_device(mask_tiles[i], logits.device)
-        return loss_sums(logits, mask)
+        return loss_sums(logits, mask, weights)
 
     total = 0
     for sums in run_tiles(model, images, tiling, devices, config, finish):
         total = total + sums.to(devices[0])
-    return loss_from_sums(processes.all_reduce_sum(total))
+    return loss_from_sums(processes.all_reduce_sum(total), weights)
 
 
 # A training step
@@ -162,7 +163,7 @@ def check_losses(losses: list[Tensor], steps_done: int, steps_per_epoch: int):
 def evaluate(model: nn.Module, loader, config: dict, devices: list) -> dict:
     """Loss and IoU of a split. They are taken over all its pixels at once, and not averaged over images."""
     model.eval()
-    classes = len(config["classes"])
+    classes, weights = len(config["classes"]), config.get("loss_weights")
     first = devices[0]
     sums = torch.zeros(number_of_sums(classes), dtype=torch.double, device=first)
     counts = torch.zeros(2, classes, classes, dtype=torch.long, device=first)
@@ -175,7 +176,7 @@ def evaluate(model: nn.Module, loader, config: dict, devices: list) -> dict:
             mask = to_device(mask_tiles[i], logits.device)
             near_seam = pixels_near_seam(tiling, i, logits.device)
             predicted = logits.argmax(dim=1)
-            return loss_sums(logits, mask), confusion(predicted, mask, near_seam, classes)
+            return loss_sums(logits, mask, weights), confusion(predicted, mask, near_seam, classes)
 
         larger = math.prod(tiling.size) > math.prod(config["image_size"])
         fitting = {**config, "recompute": config["recompute"] or larger}  # what is larger may not fit otherwise
@@ -184,7 +185,7 @@ def evaluate(model: nn.Module, loader, config: dict, devices: list) -> dict:
             counts += tile_counts.to(first)
     sums = processes.all_reduce_sum(sums)
     counts = processes.all_reduce_sum(counts)
-    return {"loss": loss_from_sums(sums).item(), **scores(counts, config["classes"])}
+    return {"loss": loss_from_sums(sums, weights).item(), **scores(counts, config["classes"])}
 
 
 @torch.no_grad()

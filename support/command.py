@@ -63,6 +63,7 @@ def open_run(out: Path) -> tuple[dict, Path, dict]:
     _, config = load_model(path)
     config.setdefault("freeze_batch_norm", 1.0)  # a run that was begun before there was this option
     config.setdefault("workers", None)
+    config.setdefault("class_weights", None)
     config.setdefault("image_processes", 1)
     return config, out, state
 

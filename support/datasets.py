@@ -7,6 +7,7 @@ from torch.utils.data import Dataset
 
 from support.image_files import DataError
 from support.image_folder import SPLITS, ImageFolder, class_names, open_folder
+from support.loss import balanced_weights
 from support.sizes import check_sizes
 from support.survey import survey
 from synthetic import LinesAndCircles
@@ -35,7 +36,8 @@ def build_datasets(config: dict) -> dict[str, Dataset]:
 
 
 def describe(config: dict, progress: Callable) -> dict:
-    """What the data add to the configuration: channels, dtype (None: any), classes, colors, mean, std and image_size.
+    """What the data add to the configuration: channels, dtype (None: any), classes, colors, mean, std, image_size and
+    loss_weights.
 
     Every image is read once, so that a broken file is found here and not in the third hour. DataError.
     """
@@ -46,6 +48,10 @@ def describe(config: dict, progress: Callable) -> dict:
     known, sizes = survey(datasets, names, progress)
     known["image_size"] = check_sizes(config, sizes, len(datasets["train"]))
     classes = known["classes"]
+    if config["class_weights"] == ["balanced"]:
+        known["loss_weights"] = balanced_weights(known["class_pixels"])
+    else:
+        known["loss_weights"] = given_weights(config, classes)
     train, val, test = (len(datasets[split].pairs) for split in SPLITS)
     print(f"{len(classes)} classes ({', '.join(classes)}), {known['channels']}-channel images: {train} for train, {val} for "
           f"val, {test} for test")
@@ -78,4 +84,14 @@ def describe_synthetic(config: dict) -> dict:
         "mean": [0.0],
         "std": [1.0],
         "image_size": size,
+        "loss_weights": given_weights(config, data.classes),
     }
+
+
+def given_weights(config: dict, classes: list[str]) -> list[float] | None:
+    """The numbers of --class-weights. DataError: there is not one for each class."""
+    weights = config["class_weights"]
+    if weights is not None and len(weights) != len(classes):
+        raise DataError(f"--class-weights: {len(weights)} numbers, but there are {len(classes)} classes "
+                        f"({', '.join(classes)}); give one for each, or balanced")
+    return weights

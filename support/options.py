@@ -57,6 +57,13 @@ def size(text: str) -> tuple[int, int]:
     return pair(text)
 
 
+def class_weight(text: str) -> float | str:
+    """An argparse type: "balanced", or a number of 0 or more."""
+    if text == "balanced":
+        return text
+    return number(0, float)(text)
+
+
 # Defaults that depend on the machine
 
 def has_bfloat16() -> bool:
@@ -113,6 +120,9 @@ def make_parser(description: str) -> Parser:
            "from; validation and test have an eighth each (default: 2400)")
     option("--epochs", type=number(0), default=4, help="passes over the training images; 0: only evaluate")
     option("--batch-size", type=number(1, largest=LARGE), default=16, help="images per step")
+    option("--class-weights", type=class_weight, nargs="+", default=None, metavar="W", help="what the classes weigh in the "
+           "loss: a number for each, or balanced, which is inverse to their pixels in the training masks (default: all the "
+           "same)")
     option("--lr", type=number(0, float), default=0.015, help="peak of the one-cycle learning rate")
     option("--freeze-batch-norm", type=number(0, float, 1), default=0.5, metavar="PART", help="part of the training steps "
            "after which batch norm keeps its running statistics and uses them, as it will in evaluation; 1: never, as in "
@@ -144,6 +154,7 @@ def parse(arguments: list[str] | None, parser: Parser, **defaults) -> dict:
     config.setdefault("amp", has_bfloat16())
     check_network(config, parser)
     check_data(config, parser)
+    check_class_weights(config, parser)
     choose_folder(config, parser)
     for name in ("data", "out", "resume"):
         if config.get(name) is not None:
@@ -188,6 +199,19 @@ def check_data(config: dict, parser: Parser):
     config["data"] = config["data"].absolute()  # --resume may be called from elsewhere
     if config["data"] in config.get("out", Path("runs")).absolute().parents:
         parser.error(f"--out {config['out']}: is inside --data, where it would be taken for images; name another --out")
+
+
+def check_class_weights(config: dict, parser: Parser):
+    """How many numbers there must be is known after a look at the images."""
+    weights = config["class_weights"]
+    if weights is None:
+        return
+    if weights == ["balanced"]:
+        if config["dataset"] == "synthetic":
+            parser.error("--class-weights balanced is for --dataset folder or deepglobe; for synthetic give three numbers")
+    elif "balanced" in weights or sum(weights) == 0:
+        parser.error(f"--class-weights {' '.join(map(str, weights))}: give balanced alone, or a number for each class, not "
+                     "all of them 0")
 
 
 def choose_folder(config: dict, parser: Parser):

@@ -974,6 +974,35 @@ def test_names_of_classes_that_cannot_be_used_are_named(content, message, folder
     assert_refused(folder, message, capsys)
 
 
+# The weights of the classes
+
+def train_weighted(root, out, *weights):
+    """What metrics.json says of a run with these weights and no epoch."""
+    options = "--width 2 --depth 1 --comm-channels 0 --epochs 0 --batch-size 2 --dataset folder --data".split()
+    train.main([*options, str(root), "--class-weights", *weights, "--out", str(out)])
+    return json.loads((out / "metrics.json").read_text())
+
+
+def test_balanced_class_weights_are_those_of_the_pixels_of_the_training_masks(tmp_path, no_pictures):
+    make_folder(tmp_path / "data", 3, splits=("train", "val", "test"))
+    for path in (tmp_path / "data/train/masks").iterdir():
+        mask = np.zeros((16, 24), np.uint8)
+        mask[:2] = 1
+        mask[2] = 2
+        mask[3] = 255
+        save(path, mask)
+    balanced = train_weighted(tmp_path / "data", tmp_path / "balanced", "balanced")
+    inverse = np.array([1 / 12, 1 / 2, 1])  # of the rows
+    np.testing.assert_allclose(balanced["config"]["loss_weights"], 3 * inverse / inverse.sum())
+    given = train_weighted(tmp_path / "data", tmp_path / "given", "1", "6", "12")
+    assert given["config"]["loss_weights"] == [1, 6, 12]
+    assert given["val"]["loss"] == pytest.approx(balanced["val"]["loss"])
+    plain = train_weighted(tmp_path / "data", tmp_path / "plain", "1", "1", "1")
+    assert plain["val"]["loss"] != pytest.approx(balanced["val"]["loss"])
+    assert plain["val"]["iou"] == balanced["val"]["iou"]
+    assert plain["loss_of_training_images"] != balanced["loss_of_training_images"]
+
+
 SIX_OF_16x24 = 6 * [(16, 24)]
 SIX_OF_TWO_SIZES = 3 * [(16, 24), (24, 16)]
 
@@ -987,6 +1016,10 @@ SIX_OF_TWO_SIZES = 3 * [(16, 24), (24, 16)]
     (6 * [(16, 16)], "--crop 8 --grid 2x2", "--crop: --grid 2x2 --overlap 0 --depth 3: 2 rows of tiles"),
     (SIX_OF_16x24, "--image-size 64", "--image-size is for --dataset synthetic"),
     (SIX_OF_16x24, "--dataset deepglobe", "data/train: no image"),
+    (SIX_OF_16x24, "--class-weights 1 2", "--class-weights: 2 numbers, but there are 3 classes (class 0, class 1, class 2)"),
+    (SIX_OF_16x24, "--class-weights balanced 2", "--class-weights balanced 2.0: give balanced alone, or a number for each"),
+    (SIX_OF_16x24, "--class-weights 0 0 0", "--class-weights 0.0 0.0 0.0: give balanced alone, or a number for each"),
+    (SIX_OF_16x24, "--class-weights 1 -1 1", "'-1' is not a number of 0 or more"),
 ])
 def test_sizes_and_options_that_do_not_fit_are_named(sizes, options, message, tmp_path, capsys):
     for i, size in enumerate(sizes):

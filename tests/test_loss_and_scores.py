@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from decompose import Tiling
-from support.loss import IGNORE, loss_from_sums, loss_sums
+from support.loss import IGNORE, balanced_weights, loss_from_sums, loss_sums
 from support.scores import confusion, iou, mean_iou, pixels_near_seam, remarks, scores
 
 AWAY = torch.tensor(False)  # no pixel is near a seam
@@ -21,14 +21,13 @@ def dice_by_hand(logits: Tensor, mask: Tensor, label: int) -> Tensor:
     return (2 * (predicted * true).sum() + 1) / (predicted.sum() + true.sum() + 1)
 
 
-def loss_by_hand(logits: Tensor, mask: Tensor) -> Tensor:
+def loss_by_hand(logits: Tensor, mask: Tensor, weights: Tensor) -> Tensor:
     """The same definition from other functions: PyTorch's cross-entropy, and Dice class by class."""
-    classes = logits.shape[1]
     dice = 0
-    for label in range(classes):
-        dice = dice + dice_by_hand(logits, mask, label)
-    cross_entropy = F.cross_entropy(logits, mask.long(), ignore_index=IGNORE)
-    return 1 - dice / classes + cross_entropy
+    for label, weight in enumerate(weights):
+        dice = dice + weight * dice_by_hand(logits, mask, label)
+    cross_entropy = F.cross_entropy(logits, mask.long(), weights, ignore_index=IGNORE)
+    return 1 - dice / weights.sum() + cross_entropy
 
 
 def make_case(name: str):
@@ -55,14 +54,15 @@ def split_both(logits, mask):
     return list(zip(logit_tiles, mask_tiles, strict=True))
 
 
+@pytest.mark.parametrize("weights", [None, [0.1, 2.0, 0.0, 1.5]])
 @CASES
-def test_the_loss_of_the_tiles_and_its_gradient_are_those_of_the_stitched_mask(name):
+def test_the_loss_of_the_tiles_and_its_gradient_are_those_of_the_stitched_mask(name, weights, in_float64):
     logits, mask = make_case(name)
     sums = 0
     for logit_tile, mask_tile in split_both(logits, mask):
-        sums = sums + loss_sums(logit_tile, mask_tile)
-    loss = loss_from_sums(sums)
-    expected = loss_by_hand(logits, mask)
+        sums = sums + loss_sums(logit_tile, mask_tile, weights)
+    loss = loss_from_sums(sums, weights)
+    expected = loss_by_hand(logits, mask, torch.tensor(weights or [1.0] * 4))
     torch.testing.assert_close(loss, expected)
     gradient = torch.autograd.grad(loss, logits)[0]
     expected_gradient = torch.autograd.grad(expected, logits)[0]
@@ -88,10 +88,29 @@ def test_the_iou_of_the_tiles_is_that_of_the_stitched_mask(name):
         torch.testing.assert_close(away_from_seams[label], expected)
 
 
-def test_a_batch_without_a_known_pixel_has_a_finite_loss():
+@pytest.mark.parametrize("weights", [None, [1.0, 2.0, 3.0]])
+def test_a_batch_without_a_known_pixel_has_a_finite_loss_and_no_gradient(weights):
     mask = torch.full((1, 4, 4), IGNORE, dtype=torch.uint8)
-    sums = loss_sums(torch.randn(1, 3, 4, 4), mask)
-    assert loss_from_sums(sums) == 0
+    logits = torch.randn(1, 3, 4, 4, requires_grad=True)
+    loss = loss_from_sums(loss_sums(logits, mask, weights), weights)
+    assert loss == 0
+    (gradient,) = torch.autograd.grad(loss, logits)
+    assert (gradient == 0).all()
+
+
+def test_weights_that_are_all_the_same_change_nothing():
+    logits, mask = make_case("ignored pixels")
+    plain = loss_from_sums(loss_sums(logits, mask))
+    weighted = loss_from_sums(loss_sums(logits, mask, [3.0] * 4), [3.0] * 4)
+    torch.testing.assert_close(weighted, plain)
+
+
+def test_balanced_weights_are_inverse_to_the_pixels_with_a_mean_of_one():
+    weights = balanced_weights([900, 90, 9, 0])
+    assert sum(weights) == pytest.approx(4)
+    assert weights[1] == pytest.approx(10 * weights[0])
+    assert weights[2] == pytest.approx(100 * weights[0])
+    assert weights[3] == 0
 
 
 # Classes that do not occur
@@ -130,7 +149,7 @@ def test_a_class_that_training_never_saw_is_not_named_again():
     found = scores(torch.stack([counts, counts]), ["a", "b", "c"])
     config = {"classes": ["a", "b", "c"], "class_pixels": [5, 0, 5]}
     (line,) = remarks(found, config)
-    assert line.endswith("hold it: c; more --epochs may help")
+    assert "hold it: c; more --epochs or --class-weights balanced" in line
 
 
 # Seams

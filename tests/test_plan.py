@@ -119,6 +119,14 @@ def number_of_bytes(tensors) -> int:
     return total
 
 
+def test_weights_of_the_classes_take_next_to_no_memory():
+    config = configuration("--gpus 2 --grid 1x2 --image-size 64x128")
+    plain, _ = plan.fake_step(config)
+    weighted, _ = plan.fake_step({**config, "loss_weights": [0.1, 1.0, 2.0]})
+    for device, peak in plain.peak.items():
+        assert weighted.peak[device] - peak < 1000
+
+
 def test_what_two_gpus_exchange_is_weights_statistics_coarse_maps_and_sums():
     config = configuration("--gpus 2 --grid 1x2 --image-size 64x128")
     memory, _ = plan.fake_step(config)
