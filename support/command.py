@@ -9,7 +9,7 @@ from support import checkpoints, folders, processes
 from support.checkpoints import CheckpointError
 from support.datasets import describe
 from support.image_files import DataError
-from support.model import load_model
+from support.model import load_model, weights_to_begin_with
 from support.options import explain, parse, show_progress
 from support.run import STATE, Diverged
 
@@ -32,6 +32,8 @@ def prepare_run(arguments: list[str] | None, parser) -> tuple[dict, Path, dict |
     out = claim_folder(asked)
     try:
         config = asked | describe(asked, show_progress)
+        if config.get("init"):
+            say_init(config)
     except BaseException:  # also Ctrl-C
         folders.give_back(out)
         raise
@@ -64,8 +66,18 @@ def open_run(out: Path) -> tuple[dict, Path, dict]:
     config.setdefault("freeze_batch_norm", 1.0)  # a run that was begun before there was this option
     config.setdefault("workers", None)
     config.setdefault("class_weights", None)
+    config.setdefault("init", None)
     config.setdefault("image_processes", 1)
     return config, out, state
+
+
+def say_init(config: dict):
+    """What --init does. CheckpointError: it cannot be done."""
+    weights, classes = weights_to_begin_with(Path(config["init"]), config)
+    line = f"the run begins with {len(weights)} tensors of {config['init']}"
+    if classes != config["classes"]:
+        line += f"; its classes are others ({', '.join(classes)}), so the last layer is drawn anew"
+    print(line)
 
 
 def check_same(asked: dict, config: dict, out: Path):

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from comm_net import CommNet
 from decompose import DecomposedUNet
@@ -37,6 +37,34 @@ def build_from_config(config: dict) -> DecomposedUNet:
     """The network that a configuration describes, as train.py makes it and a checkpoint holds it under "config"."""
     return build_model(config["channels"], len(config["classes"]), config["width"], config["depth"],
                        config["comm_channels"], config["dilations"], config["dropout"])
+
+
+def weights_to_begin_with(path: Path, config: dict) -> tuple[dict[str, Tensor], list[str]]:
+    """The weights of a checkpoint for a new network (--init), and the names of its classes. If these are not those of the
+    new network, its last layer is not among the weights. CheckpointError: its network is another."""
+    model, trained = load_model(path)
+    if trained["channels"] != config["channels"]:
+        raise CheckpointError(f"--init {path}: is for {trained['channels']}-channel images, but these have "
+                              f"{config['channels']}; name another checkpoint")
+    names = ["width", "depth", "comm_channels"]
+    if config["comm_channels"] > 0:
+        names.append("dilations")
+    for name in names:
+        if trained[name] != config[name]:
+            raise CheckpointError(f"--init {path}: was trained with another --{name.replace('_', '-')}, "
+                                  f"{as_words(trained[name])} instead of {as_words(config[name])}; take the same")
+    weights = model.state_dict()
+    if trained["classes"] != config["classes"]:
+        for name in ("decoder.head.weight", "decoder.head.bias"):
+            del weights[name]
+    return weights, trained["classes"]
+
+
+def as_words(value: int | list[int]) -> str:
+    """As one writes the value of an option."""
+    if isinstance(value, int):
+        return str(value)
+    return " ".join(map(str, value))
 
 
 def load_model(path: Path) -> tuple[DecomposedUNet, dict]:

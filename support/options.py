@@ -156,7 +156,7 @@ def parse(arguments: list[str] | None, parser: Parser, **defaults) -> dict:
     check_data(config, parser)
     check_class_weights(config, parser)
     choose_folder(config, parser)
-    for name in ("data", "out", "resume"):
+    for name in ("data", "out", "resume", "init"):
         if config.get(name) is not None:
             config[name] = str(config[name])
     return config

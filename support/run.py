@@ -20,6 +20,7 @@ from torch import Tensor
 
 from support import checkpoints, folders, plots, processes
 from support.checkpoints import CheckpointError
+from support.model import weights_to_begin_with
 from support.options import show_progress
 from support.scores import remarks
 
@@ -46,9 +47,10 @@ class Run:
         self.started = time.perf_counter()
 
     def begin(self, state: dict | None):
-        """Goes on from a state, or else saves that of the beginning. Prints the heading of the table of epochs.
+        """Goes on from a state, or else begins, with weights of --init if there are any. Prints the heading of the table of epochs.
 
-        CheckpointError: the state is that of another network, or of other images; or best.pt is that of another state.
+        CheckpointError: the state is that of another network, or of other images; or best.pt is that of another state; or
+        the weights are those of another network.
         """
         if state is not None:
             self.restore(state)
@@ -56,6 +58,8 @@ class Run:
             for row in self.rows:
                 self.started -= row["seconds"]
         else:
+            if self.config.get("init"):
+                self.load_weights(Path(self.config["init"]))
             self.save(self.out / "last.pt", self.state())
             if processes.is_first():
                 folders.give_back(self.out)  # only the claim: now last.pt says that the folder is taken
@@ -63,6 +67,10 @@ class Run:
         for name in self.config["classes"]:
             heading += f"  IoU {name}"
         print(f"{heading}  mean IoU  seconds")
+
+    def load_weights(self, path: Path):
+        weights, _ = processes.from_first(weights_to_begin_with, path, self.config)
+        self.model.load_state_dict({**self.model.state_dict(), **weights})
 
     def state(self) -> dict:
         return {"config": self.config, "rows": self.rows, "best": self.best, "model": self.model.state_dict(),

@@ -1,0 +1,116 @@
+"""A new run that begins with the weights of another one."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from test_image_folder import make_folder, random_image, save
+
+import train
+from support import checkpoints
+
+pytestmark = pytest.mark.usefixtures("no_pictures")
+OPTIONS = "--width 2 --depth 2 --comm-channels 4 --epochs 1 --batch-size 4 --workers 0 --dataset folder".split()
+HEAD = {"decoder.head.weight", "decoder.head.bias"}
+
+
+def run(data, out, *options):
+    train.main([*OPTIONS, "--data", str(data), *map(str, options), "--out", str(out)])
+
+
+def metrics_of(out) -> dict:
+    return json.loads((out / "metrics.json").read_text())
+
+
+def weights_of(path) -> dict:
+    return checkpoints.load(path)["model"]
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory):
+    """A folder with images of three classes in data, and a run that was trained on them in run. No test may change it."""
+    folder = tmp_path_factory.mktemp("first")
+    make_folder(folder / "data", 12)
+    run(folder / "data", folder / "run")
+    return folder
+
+
+def copy_with_names(first, folder):
+    """The same images and masks; but now the classes have names."""
+    shutil.copytree(first / "data", folder)
+    (folder / "classes.txt").write_text("ground\nwater\nhouse\nroad\n")
+    return folder
+
+
+def test_without_an_epoch_the_scores_are_those_of_the_checkpoint(first, tmp_path):
+    run(first / "data", tmp_path / "run", "--init", first / "run/best.pt", "--epochs", "0", "--seed", "0")
+    expected, found = metrics_of(first / "run"), metrics_of(tmp_path / "run")
+    assert found["test"] == expected["test"]
+    assert found["val"]["iou"] == expected["val"]["iou"]
+    run(first / "data", tmp_path / "without", "--epochs", "0")
+    assert metrics_of(tmp_path / "without")["test"] != expected["test"]
+
+
+def test_other_classes_have_a_new_last_layer_and_the_other_weights(first, tmp_path, capsys):
+    data = copy_with_names(first, tmp_path / "data")
+    run(data, tmp_path / "run", "--init", first / "run/best.pt", "--epochs", "0")
+    before, after = weights_of(first / "run/best.pt"), weights_of(tmp_path / "run/best.pt")
+    assert before.keys() == after.keys()
+    for name in before.keys() - HEAD:
+        assert torch.equal(before[name], after[name]), name
+    assert after["decoder.head.weight"].shape == (4, 2, 1, 1)
+    said = capsys.readouterr().out
+    assert "its classes are others (class 0, class 1, class 2), so the last layer is drawn anew" in said
+
+
+def test_training_goes_on_from_the_weights_and_then_without_the_checkpoint(first, tmp_path):
+    start = tmp_path / "start.pt"
+    shutil.copy(first / "run/best.pt", start)
+    run(first / "data", tmp_path / "run", "--init", start, "--epochs", "1")
+    assert not torch.equal(weights_of(start)["decoder.head.bias"], weights_of(tmp_path / "run/last.pt")["decoder.head.bias"])
+    start.unlink()
+    train.main(["--resume", str(tmp_path / "run")])
+    assert metrics_of(tmp_path / "run")["config"]["init"] == str(start)
+
+
+@pytest.mark.parametrize("options, message", [
+    ("--width 3", "was trained with another --width, 2 instead of 3; take the same"),
+    ("--depth 1", "was trained with another --depth, 2 instead of 1; take the same"),
+    ("--comm-channels 2", "was trained with another --comm-channels, 4 instead of 2; take the same"),
+    ("--comm-channels 0", "was trained with another --comm-channels, 4 instead of 0; take the same"),
+    ("--dilations 1 2", "was trained with another --dilations, 1 1 1 instead of 1 2; take the same"),
+])
+def test_weights_of_another_network_are_refused_in_one_line(options, message, first, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        run(first / "data", tmp_path / "run", "--init", first / "run/best.pt", *options.split())
+    said = capsys.readouterr().err
+    assert stopped.value.code == 2
+    assert said.count("\n") == 1
+    assert message in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_weights_for_images_of_other_channels_are_refused_in_one_line(first, tmp_path, capsys):
+    make_folder(tmp_path / "grey", 4, channels=1)
+    with pytest.raises(SystemExit):
+        run(tmp_path / "grey", tmp_path / "run", "--init", first / "run/best.pt")
+    assert "is for 3-channel images, but these have 1; name another checkpoint\n" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words, message", [
+    (["--init", "nowhere.pt"], "nowhere.pt: no such file"),
+    (["--init", "image.png"], "image.png: cannot be loaded"),
+])
+def test_what_is_no_checkpoint_is_refused_in_one_line(words, message, first, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    save(tmp_path / "image.png", random_image((8, 8)))
+    with pytest.raises(SystemExit):
+        run(first / "data", tmp_path / "run", *words)
+    assert message in capsys.readouterr().err
+
+
+def test_a_run_that_goes_on_does_not_begin_with_other_weights(first, capsys):
+    with pytest.raises(SystemExit):
+        train.main(["--resume", str(first / "run"), "--init", str(first / "run/best.pt")])
+    assert "--resume goes on with the options of the run; give it alone" in capsys.readouterr().err
