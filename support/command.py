@@ -9,6 +9,7 @@ from support import checkpoints, folders, processes
 from support.checkpoints import CheckpointError
 from support.datasets import describe
 from support.image_files import DataError
+from support.loaders import WORKER_DIED, is_death_of_a_worker
 from support.model import load_model, weights_to_begin_with
 from support.options import explain, parse, show_progress
 from support.run import STATE, Diverged
@@ -138,6 +139,8 @@ def one_line_errors(parser: argparse.ArgumentParser, config: dict | None = None,
     except OSError as error:
         parser.error(explain(error, out or Path()))
     except (RuntimeError, MemoryError) as error:
+        if is_death_of_a_worker(error):
+            parser.error(WORKER_DIED)
         if processes.is_lost(error):
             parser.error(f"process {processes.rank()}: another one has ended, so this one stops; go on with --resume {out}")
         if config is None or not processes.is_out_of_memory(error):

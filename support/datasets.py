@@ -7,6 +7,7 @@ from torch.utils.data import Dataset
 
 from support.image_files import DataError
 from support.image_folder import SPLITS, ImageFolder, class_names, open_folder
+from support.loaders import workers_before_training
 from support.loss import balanced_weights
 from support.sizes import check_sizes
 from support.survey import survey
@@ -45,7 +46,8 @@ def describe(config: dict, progress: Callable) -> dict:
         return describe_synthetic(config)
     datasets = build_datasets(config)
     names = class_names(Path(config["data"]), config["dataset"] == "deepglobe")
-    known, sizes = survey(datasets, names, progress)
+    images = sum(len(dataset.pairs) for dataset in datasets.values())
+    known, sizes = survey(datasets, names, progress, workers_before_training(config, images))
     known["image_size"] = check_sizes(config, sizes, len(datasets["train"]))
     classes = known["classes"]
     if config["class_weights"] == ["balanced"]:

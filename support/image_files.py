@@ -341,10 +341,11 @@ def without_outliers(values: Sequence[float]) -> tuple[float, float]:
 class Extremes:
     """The two smallest and the two largest values of each channel of some images, as they are stored.
 
-    Of uint8, in which no value lies far outside, only the smallest and the largest.
+    dtype: of the images. Of uint8, in which no value lies far outside, only the smallest and the largest are kept.
     """
 
-    def __init__(self, channels: int):
+    def __init__(self, channels: int, dtype: np.dtype):
+        self.keep = 1 if dtype == np.uint8 else 2
         self.values = [[] for _ in range(channels)]  # of each channel, sorted
 
     def add(self, channel: int, values: np.ndarray):
@@ -352,15 +353,20 @@ class Extremes:
         if values.size == 0:
             return
         smallest, largest = values.min(), values.max()
-        found = {float(smallest), float(largest), *self.values[channel]}
-        keep = 1
-        if values.dtype != np.uint8:
-            keep = 2
+        self.merge(channel, [float(smallest), float(largest)])
+        if self.keep == 2:
             inner = values[(values > smallest) & (values < largest)]
             if inner.size > 0:
-                found |= {float(inner.min()), float(inner.max())}
-        found = sorted(found)
-        self.values[channel] = sorted({*found[:keep], *found[-keep:]})
+                self.merge(channel, [float(inner.min()), float(inner.max())])
+
+    def add_all(self, other: "Extremes"):
+        for channel, values in enumerate(other.values):
+            self.merge(channel, values)
+
+    def merge(self, channel: int, values: list[float]):
+        """Keeps the outermost of these values and of those that are known."""
+        known = sorted({*self.values[channel], *values})
+        self.values[channel] = sorted({*known[:self.keep], *known[-self.keep:]})
 
     def value_range(self) -> list[list[float]]:
         """The smallest value of each channel, and the largest."""

@@ -17,6 +17,8 @@ from support.image_files import DataError
 from support.loss import IGNORE
 
 MOST_WORKERS = 4  # by default: each holds a few batches in memory
+WORKER_DIED = ("a process that reads images has died, perhaps as the memory, or its shared part in /dev/shm, is full; take "
+               "fewer --workers, or 0")
 
 
 class Loader(DataLoader):
@@ -32,12 +34,16 @@ class Loader(DataLoader):
         self.seconds_waited = 0.0
         started = time.perf_counter()
         batches = super().__iter__()
-        batch = next_batch(batches)
-        while batch is not None:
-            self.seconds_waited += time.perf_counter() - started
-            yield batch
-            started = time.perf_counter()
+        try:
             batch = next_batch(batches)
+            while batch is not None:
+                self.seconds_waited += time.perf_counter() - started
+                yield batch
+                started = time.perf_counter()
+                batch = next_batch(batches)
+        finally:
+            if self.num_workers > 0:
+                batches._shutdown_workers()  # after an error PyTorch leaves it to the garbage collector, and waits for long
 
 
 def next_batch(batches: Iterator) -> tuple[Tensor, Tensor] | None:
@@ -48,10 +54,14 @@ def next_batch(batches: Iterator) -> tuple[Tensor, Tensor] | None:
         *_, last_line = str(error).splitlines()  # before it, PyTorch puts the traceback of the worker
         raise DataError(last_line.removeprefix("support.image_files.DataError: ")) from None
     except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+        if not is_death_of_a_worker(error):
             raise
-        raise DataError("a process that reads images has died, perhaps as the memory, or its shared part in /dev/shm, is "
-                        "full; take fewer --workers, or 0") from None
+        raise DataError(WORKER_DIED) from None
+
+
+def is_death_of_a_worker(error: Exception) -> bool:
+    """PyTorch raises it wherever the program is at that moment, so perhaps in the middle of a training step."""
+    return "DataLoader worker" in str(error)
 
 
 def make_loaders(datasets: dict[str, Dataset], config: dict, order: torch.Generator) -> dict[str, Loader]:
@@ -82,6 +92,15 @@ def number_of_workers(config: dict, dataset: Dataset) -> int:
     if first_image.suffix.lower() == ".npy" and not config["crop"]:
         return 0
     return min(max(os.cpu_count() // processes.local_world_size(), 1), MOST_WORKERS)
+
+
+def workers_before_training(config: dict, files: int) -> int:
+    """How many processes look at so many files, or pairs of them, before training, while the GPUs wait. As --workers says;
+    by default one for each CPU core, but at most MOST_WORKERS."""
+    workers = config["workers"]
+    if workers is None:
+        workers = min(os.cpu_count(), MOST_WORKERS)
+    return min(workers, files)
 
 
 def collate(pairs: list[tuple[Tensor, Tensor]]) -> list[Tensor]:

@@ -173,7 +173,7 @@ def check_values(image: np.ndarray, path: Path, config: dict):
     """A line for numbers that are not finite, and for a range that is not that of the training images. DataError: a channel
     has no finite number."""
     channels = image.shape[2]
-    extremes = Extremes(channels)
+    extremes = Extremes(channels, image.dtype)
     lost = 0
     for block in blocks(image):
         for channel in range(channels):

@@ -2,15 +2,18 @@
 
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib
 import numpy as np
 import torch
+from torch.utils.data import Dataset
 
 from support.image_files import (DEEPGLOBE, DataError, Extremes, classes_in, count_pixels, counted_pixels, drawn_in_white,
                                  has_transparency, mask_colors, range_remark, read_mask, single_class, white, without_outliers)
 from support.image_folder import ImageFolder, check_same_size, say_once
+from support.loaders import Loader
 from support.loss import IGNORE
 
 
@@ -23,68 +26,123 @@ class Statistics:
         self.pixels = 0
 
     def add(self, pixels: np.ndarray):
-        """pixels: (n,C)."""
-        stored = torch.from_numpy(pixels)
-        x = stored.double() / white(stored)
+        """pixels: (n,C). NumPy adds up in one thread, so that the number of threads does not change the rounding."""
+        x = pixels.astype(np.float64) / white(torch.from_numpy(pixels))
         self.sums = self.sums + x.sum(0)
-        self.squares = self.squares + x.square().sum(0)
+        self.squares = self.squares + np.square(x).sum(0)
         self.pixels += len(x)
+
+    def add_all(self, other: "Statistics"):
+        self.sums = self.sums + other.sums
+        self.squares = self.squares + other.squares
+        self.pixels += other.pixels
 
     def mean_and_std(self) -> tuple[list[float], list[float]]:
         """A standard deviation of 0 becomes 1, as it is divided by."""
         mean = self.sums / self.pixels
-        std = (self.squares / self.pixels - mean.square()).clamp(min=0).sqrt()
-        return mean.tolist(), std.where(std > 0, 1).tolist()
+        std = np.sqrt((self.squares / self.pixels - np.square(mean)).clip(min=0))
+        return mean.tolist(), np.where(std > 0, std, 1).tolist()
 
 
-def survey(folders: dict[str, ImageFolder], names: list[str] | None,
-           progress: Callable = lambda text: None) -> tuple[dict, dict]:
-    """Reads every pair of train, val and test once. names: of the classes, if they are known. DataError.
+# One pair
+
+@dataclass
+class Look:
+    """What one pair tells.
+
+    size: (H, W). pixels: how many pixels of the mask have each value. palette: the colours of an indexed mask.
+    extremes, statistics: of the pixels that count.
+    """
+
+    size: tuple[int, int]
+    channels: int
+    dtype: np.dtype
+    transparent: bool
+    pixels: Counter
+    palette: list[tuple[int, int, int]]
+    extremes: Extremes
+    statistics: Statistics
+
+
+def look_at(folder: ImageFolder, number: int, classes: int) -> Look:
+    """Reads a pair, whole or block by block. DataError: it cannot be used."""
+    image_path, mask_path = folder.pairs[number]
+    image, mask = folder.read(number)
+    check_pair(image, image_path, mask, mask_path, folder.crop)
+    pixels = count_pixels(mask, mask_path, classes)
+    channels = image.shape[2]
+    extremes = Extremes(channels, image.dtype)
+    statistics = Statistics()
+    for block in counted_pixels(image, image_path, mask):
+        statistics.add(block)
+        for channel in range(channels):
+            extremes.add(channel, block[:, channel])
+    palette = mask_colors(mask_path) if folder.read_mask is read_mask else []
+    return Look(mask.shape, channels, image.dtype, has_transparency(image_path), pixels, palette, extremes, statistics)
+
+
+class Looks(Dataset):
+    """What the pairs of train, val and test tell, one after the other: for worker processes."""
+
+    def __init__(self, folders: dict[str, ImageFolder], classes: int):
+        self.folders = folders
+        self.classes = classes
+        self.pairs = []  # (split, number)
+        for split, folder in folders.items():
+            for number in range(len(folder.pairs)):
+                self.pairs.append((split, number))
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, i: int) -> Look:
+        split, number = self.pairs[i]
+        return look_at(self.folders[split], number, self.classes)
+
+
+# All of them
+
+def print_nothing(text: str):
+    pass
+
+
+def survey(folders: dict[str, ImageFolder], names: list[str] | None, progress: Callable = print_nothing,
+           workers: int = 0) -> tuple[dict, dict]:
+    """Reads every pair of train, val and test once. names: of the classes, if they are known. DataError: of all pairs that
+    cannot be used, the first one is named. workers: processes that read; their number does not change what comes out.
 
     Returns what the images tell: channels; dtype; classes and colors; mean and std of each channel of the training
     images, where white is 1; range, the smallest and the largest value of each of their channels; class_pixels, how many
     pixels of each class the training masks hold; not_in_val, the classes of these that the masks for val lack. And the
     sizes of the training images: {(H, W): an image of that size}.
     """
-    total = sum(len(folder.pairs) for folder in folders.values())
-    classes = len(names) if names is not None else IGNORE
+    looks = Looks(folders, len(names) if names is not None else IGNORE)
     statistics = Statistics()
     extremes = {}  # of each split
     sizes = {}
     kinds = {}  # of image: the first image of that kind
-    pixels = {}  # of each value of a mask, in each split
+    pixels = {split: Counter() for split in folders}  # of each value of a mask, in each split
     pixels_of_folder = {}  # the same in each folder, from which several splits may be drawn
     colors = {}  # of class: in indexed masks, and the first of these
     transparent = None  # the first image with transparency
-    done = 0
-    for split, folder in folders.items():
-        pixels[split] = Counter()
-        for number, (image_path, mask_path) in enumerate(folder.pairs):
-            done += 1
-            progress(f"looking at image {done} of {total}")
-            image, mask = folder.read(number)
-            kinds.setdefault(f"{image.shape[2]}-channel {image.dtype}", image_path)
-            check_pair(image, image_path, mask, mask_path, folder.crop)
-            check_kinds(kinds, image_path)
-            if transparent is None and has_transparency(image_path):
-                transparent = image_path
-            counts = count_pixels(mask, mask_path, classes)
-            pixels[split].update(counts)
-            pixels_of_folder.setdefault(mask_path.parent, Counter()).update(counts)
-            if folder.read_mask is read_mask:
-                check_colors(colors, classes_in(counts), mask_path)
-            split_extremes = extremes.setdefault(split, Extremes(image.shape[2]))
-            for block in counted_pixels(image, image_path, mask):
-                for channel in range(image.shape[2]):
-                    split_extremes.add(channel, block[:, channel])
-                if split == "train":
-                    statistics.add(block)
-            if split == "train":
-                sizes.setdefault(mask.shape, image_path)
-        if not classes_in(pixels[split]):
-            raise DataError(f"{mask_path.parent}: no pixel of the masks for {split} counts, all are {IGNORE}; add a mask "
-                            "with a class")
+    loader = Loader(looks, batch_size=None, num_workers=workers)  # it keeps the order
+    for done, look in enumerate(loader):
+        progress(f"looking at image {done + 1} of {len(looks)}")
+        split, number = looks.pairs[done]
+        image_path, mask_path = folders[split].pairs[number]
+        kinds.setdefault(f"{look.channels}-channel {look.dtype}", image_path)
+        check_kinds(kinds, image_path)
+        check_colors(colors, classes_in(look.pixels), look.palette, mask_path)
+        if look.transparent and transparent is None:
+            transparent = image_path
+        pixels[split].update(look.pixels)
+        pixels_of_folder.setdefault(mask_path.parent, Counter()).update(look.pixels)
+        extremes.setdefault(split, Extremes(look.channels, look.dtype)).add_all(look.extremes)
+        if split == "train":
+            statistics.add_all(look.statistics)
+            sizes.setdefault(look.size, image_path)
     progress("")
+    check_counted(pixels, folders)
     if transparent is not None:
         say_once(f"{transparent}: its last channel is taken for transparency and left out, also in other images; if it is "
                  "anything else, such as infrared, save the images as .npy")
@@ -99,10 +157,21 @@ def survey(folders: dict[str, ImageFolder], names: list[str] | None,
     say_outliers(extremes)
     mean, std = statistics.mean_and_std()
     class_pixels = [pixels["train"][label] for label in range(len(names))]
-    known = {"channels": image.shape[2], "dtype": str(image.dtype), "classes": names, "colors": class_colors(names),
+    known = {"channels": look.channels, "dtype": str(look.dtype), "classes": names, "colors": class_colors(names),
              "mean": mean, "std": std, "range": extremes["train"].value_range(), "class_pixels": class_pixels,
              "not_in_val": missing["val"]}
     return known, sizes
+
+
+# What must go together
+
+def check_counted(pixels: dict[str, Counter], folders: dict[str, ImageFolder]):
+    """DataError: no pixel of a split counts. pixels: of each value of a mask, in each split."""
+    for split, folder in folders.items():
+        if not classes_in(pixels[split]):
+            _, mask_path = folder.pairs[0]
+            raise DataError(f"{mask_path.parent}: no pixel of the masks for {split} counts, all are {IGNORE}; add a mask "
+                            "with a class")
 
 
 def check_pair(image: np.ndarray, image_path: Path, mask: np.ndarray, mask_path: Path, crop: tuple[int, int] | None):
@@ -120,9 +189,8 @@ def check_kinds(kinds: dict[str, Path], path: Path):
         raise DataError(f"{path}: {second}, but {first_path.name} is {first}; convert the images to one kind")
 
 
-def check_colors(colors: dict[int, tuple], labels: set[int], path: Path):
+def check_colors(colors: dict[int, tuple], labels: set[int], palette: list[tuple[int, int, int]], path: Path):
     """DataError: a class has another colour in this indexed mask than in those before."""
-    palette = mask_colors(path)
     for label in sorted(labels):
         if label >= len(palette):
             continue

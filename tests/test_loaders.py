@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import signal
 import time
 
 import numpy as np
@@ -13,10 +14,14 @@ from torch.utils.data import Dataset
 
 import train
 from support import loaders, processes
+from support import survey as survey_module
+from support.command import one_line_errors
 from support.image_files import DataError
 from support.image_folder import open_folder
-from support.loaders import Loader, make_loaders, number_of_workers
+from support.loaders import Loader, make_loaders, number_of_workers, workers_before_training
+from support.options import make_parser
 from support.run import waiting_line
+from support.survey import survey
 
 CONFIG = {"dataset": "folder", "batch_size": 4, "crop": (8, 8), "workers": 0}
 
@@ -124,6 +129,71 @@ def test_a_worker_that_dies_is_one_line():
     with pytest.raises(DataError, match="take fewer --workers, or 0") as caught:
         list(Loader(Dies(), num_workers=1))
     assert "\n" not in str(caught.value)
+
+
+# The look at all images
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_any_number_of_workers_finds_the_same_to_the_last_bit(workers, data):
+    folders = open_folder(data, deepglobe=False, seed=5)
+    assert survey(folders, None, workers=workers) == survey(folders, None)
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_of_two_files_that_cannot_be_used_the_first_one_is_named(workers, data):
+    folders = open_folder(data, deepglobe=False, seed=5)
+    for i in (4, 2):
+        image, _ = folders["train"].pairs[i]
+        image.write_text("no picture")
+    with pytest.raises(DataError) as caught:
+        survey(folders, None, workers=workers)
+    assert str(caught.value) == f"{image}: cannot be read (no PNG, JPEG or TIFF); replace it, or do without it"
+
+
+def test_grey_images_have_the_same_mean_with_one_thread_and_with_two(tmp_path):
+    """Large enough that PyTorch would share out their sum among threads, which changes its rounding."""
+    rng = np.random.default_rng(0)
+    for i in range(3):
+        noise = rng.random((512, 512), np.float32)
+        for folder, array in (("images", noise), ("masks", noise > 0.5)):
+            (tmp_path / "train" / folder).mkdir(parents=True, exist_ok=True)
+            np.save(tmp_path / "train" / folder / f"{i}.npy", array)
+    folders = open_folder(tmp_path, deepglobe=False, seed=5)
+    found = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        found.append(survey(folders, None))
+    torch.set_num_threads(1)
+    assert found[0] == found[1]
+
+
+def test_a_worker_that_dies_in_the_look_is_one_line_and_leaves_no_folder(data, tmp_path, monkeypatch, capsys):
+    def die(folder, number, classes):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    monkeypatch.setattr(survey_module, "look_at", die)
+    with pytest.raises(SystemExit, match="2"):
+        train.main(["--dataset", "folder", "--data", str(data), "--workers", "1", "--out", str(tmp_path / "run")])
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert "take fewer --workers, or 0" in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_death_of_a_worker_is_one_line_wherever_it_is_noticed(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        with one_line_errors(make_parser("")):
+            raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
+    assert "take fewer --workers, or 0" in capsys.readouterr().err
+
+
+def test_before_training_the_first_process_has_as_many_workers_as_cores_but_not_more_than_images(monkeypatch):
+    monkeypatch.setattr(loaders.os, "cpu_count", lambda: 3)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")  # the others wait
+    assert workers_before_training({"workers": None}, 100) == 3
+    assert workers_before_training({"workers": None}, 2) == 2
+    assert workers_before_training({"workers": 7}, 100) == 7
+    assert workers_before_training({"workers": 0}, 100) == 0
 
 
 # How many workers
