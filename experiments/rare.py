@@ -3,8 +3,8 @@
     OMP_NUM_THREADS=1 python -m experiments.rare                    # two minutes of one core
     python -m experiments.rare --quick                              # seconds
 
-Each image of 96x96 pixels is noise with a rectangle of 4x5 pixels that is a little brighter. An object counts as found if
-its IoU over all test images is more than 0.5. Writes rare-epochsN.md to runs/rare.
+Each image of 96x96 pixels is noise with a rectangle of 4x5 pixels that is a little brighter. An object counts as found
+if its IoU over all test images is more than 0.5. Writes rare-epochsN.md to runs/rare.
 """
 
 from pathlib import Path
@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image  # comes with matplotlib
 
-from experiments.common import make_folder, make_parser, save_table, trained
+from experiments.common import file_name, make_folder, make_parser, save_table, trained
 from support.options import number
 
 WEIGHTS = {"all the same": [], "balanced": ["--class-weights", "balanced"]}
@@ -35,6 +35,14 @@ def draw_rare(folder: Path):
             Image.fromarray(mask).save(folder / split / "masks" / f"{i}.png")
 
 
+def score_of_object(folder: Path, seed: int, epochs: int, weights: str) -> float:
+    """IoU of the object on the test images. The network is trained now, unless it has been trained before."""
+    options = ["--dataset", "folder", "--data", str(folder / "data"), "--batch-size", "4", "--workers", "0"]
+    options += ["--epochs", str(epochs), "--seed", str(seed)]
+    metrics = trained(folder / f"{file_name(weights)}-epochs{epochs}-seed{seed}", options + WEIGHTS[weights])
+    return metrics["test"]["iou"]["class 1"]
+
+
 def main(arguments: list[str] | None = None):
     parser = make_parser("Trains on images with a rare object, with and without weights of the classes.")
     parser.add_argument("--epochs", type=number(1), default=6, help="of each run")
@@ -44,16 +52,15 @@ def main(arguments: list[str] | None = None):
     draw_rare(folder / "data")
 
     table = []
-    for name, weights in WEIGHTS.items():
-        scores = []
+    for weights in WEIGHTS:
+        found = 0
+        shown = []
         for seed in asked.seeds:
-            options = ["--dataset", "folder", "--data", str(folder / "data"), "--batch-size", "4", "--workers", "0"]
-            options += ["--epochs", str(epochs), "--seed", str(seed), *weights]
-            out = folder / f"{name.replace(' ', '-')}-epochs{epochs}-seed{seed}"
-            scores.append(trained(out, options)["test"]["iou"]["class 1"])
-        found = sum(score > 0.5 for score in scores)
-        shown = ", ".join(f"{score:.2f}" for score in scores)
-        table.append([name, str(epochs), f"{found} of {len(scores)}", shown])
+            score = score_of_object(folder, seed, epochs, weights)
+            shown.append(f"{score:.2f}")
+            if score > 0.5:
+                found += 1
+        table.append([weights, epochs, f"{found} of {len(shown)}", ", ".join(shown)])
     save_table(folder / f"rare-epochs{epochs}.md", ["class weights", "epochs", "found", "IoU of the object"], table)
 
 

@@ -326,7 +326,10 @@ def far_limits(smallest: float, largest: float) -> tuple[float, float]:
 
 
 def without_outliers(values: Sequence[float]) -> tuple[float, float]:
-    """The smallest and the largest of some values, sorted and all different; but not one that is far outside all others."""
+    """The smallest and the largest of some values, but not one that is far outside all others.
+
+    values: sorted, and all different.
+    """
     smallest, largest = values[0], values[-1]
     if len(values) > 2:
         lowest, highest = far_limits(values[1], values[-1])
@@ -382,13 +385,13 @@ def range_remark(found: Sequence[Sequence[float]], trained: Sequence[Sequence[fl
     for channel, (smallest, largest, first, last) in enumerate(zip(*found, *trained)):
         lowest, highest = far_limits(first, last)
         if smallest < lowest or largest > highest:
-            return (f"values from {smallest:g} to {largest:g}, but the training images have {first:g} to {last:g} (in channel "
-                    f"{channel}); bring them to the same range, unless a value marks pixels without data")
+            return (f"values from {smallest:g} to {largest:g}, but the training images have {first:g} to {last:g} (in "
+                    f"channel {channel}); bring them to the same range, unless a value marks pixels without data")
         if largest - smallest < (last - first) / 100:
             narrow += 1
     if narrow == len(found[0]):
-        return (f"values from {min(found[0]):g} to {max(found[1]):g}, but the training images have {min(trained[0]):g} to "
-                f"{max(trained[1]):g}; bring the images to the same range")
+        return (f"values from {min(found[0]):g} to {max(found[1]):g}, but the training images have {min(trained[0]):g} "
+                f"to {max(trained[1]):g}; bring them to the same range")
     return None
 
 
@@ -417,8 +420,8 @@ def counted_pixels(image: np.ndarray, path: Path, mask: np.ndarray) -> Iterator[
         if not counts.all():
             pixels = block[counts]
         if pixels.dtype.kind == "f" and not is_finite(pixels).all():
-            raise DataError(f"{path}: holds nan, inf or numbers beyond 1e38; give these pixels {IGNORE} in the mask, so that "
-                            "they do not count, or replace them")
+            raise DataError(f"{path}: holds nan, inf or numbers beyond 1e38; give these pixels {IGNORE} in the mask, so "
+                            "that they do not count, or replace them")
         yield pixels
 
 

@@ -67,7 +67,12 @@ def loss_from_sums(sums: Tensor, weights: Sequence[float] | None = None) -> Tens
 
 
 def balanced_weights(pixels: Sequence[int]) -> list[float]:
-    """How many pixels each class has -> weights that are inverse to that, with a mean of 1: each class counts as much as
-    any other. A class without a pixel, of which nothing can be learned, has weight 0."""
-    total = sum(1 / number for number in pixels if number > 0)
-    return [len(pixels) / number / total if number > 0 else 0.0 for number in pixels]
+    """How many pixels each class has -> weights that are inverse to that, with a mean of 1.
+
+    So each class counts as much as any other. One without a pixel, of which nothing can be learned, has weight 0.
+    """
+    inverse = []
+    for number in pixels:
+        inverse.append(1 / number if number > 0 else 0.0)
+    mean = sum(inverse) / len(inverse)
+    return [value / mean for value in inverse]

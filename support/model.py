@@ -40,8 +40,11 @@ def build_from_config(config: dict) -> DecomposedUNet:
 
 
 def weights_to_begin_with(path: Path, config: dict) -> tuple[dict[str, Tensor], list[str]]:
-    """The weights of a checkpoint for a new network (--init), and the names of its classes. If these are not those of the
-    new network, its last layer is not among the weights. CheckpointError: its network is another."""
+    """The weights of a checkpoint for a new network (--init), and the names of the checkpoint's classes.
+
+    If these are not those of the new network, the last layer is not among the weights.
+    CheckpointError: the checkpoint's network is another.
+    """
     model, trained = load_model(path)
     if trained["channels"] != config["channels"]:
         raise CheckpointError(f"--init {path}: is for {trained['channels']}-channel images, but these have "

@@ -120,9 +120,9 @@ def make_parser(description: str) -> Parser:
            "from; validation and test have an eighth each (default: 2400)")
     option("--epochs", type=number(0), default=4, help="passes over the training images; 0: only evaluate")
     option("--batch-size", type=number(1, largest=LARGE), default=16, help="images per step")
-    option("--class-weights", type=class_weight, nargs="+", default=None, metavar="W", help="what the classes weigh in the "
-           "loss: a number for each, or balanced, which is inverse to their pixels in the training masks (default: all the "
-           "same)")
+    option("--class-weights", type=class_weight, nargs="+", default=None, metavar="W", help="what the classes weigh in "
+           "the loss: a number for each, or balanced, which is inverse to their pixels in the training masks (default: all "
+           "the same)")
     option("--lr", type=number(0, float), default=0.015, help="peak of the one-cycle learning rate")
     option("--freeze-batch-norm", type=number(0, float, 1), default=0.5, metavar="PART", help="part of the training steps "
            "after which batch norm keeps its running statistics and uses them, as it will in evaluation; 1: never, as in "
@@ -208,10 +208,10 @@ def check_class_weights(config: dict, parser: Parser):
         return
     if weights == ["balanced"]:
         if config["dataset"] == "synthetic":
-            parser.error("--class-weights balanced is for --dataset folder or deepglobe; for synthetic give three numbers")
+            parser.error("--class-weights balanced is for --dataset folder or deepglobe; for synthetic give numbers")
     elif "balanced" in weights or sum(weights) == 0:
-        parser.error(f"--class-weights {' '.join(map(str, weights))}: give balanced alone, or a number for each class, not "
-                     "all of them 0")
+        parser.error(f"--class-weights {' '.join(map(str, weights))}: give balanced alone, or a number for each class, "
+                     "not all of them 0")
 
 
 def choose_folder(config: dict, parser: Parser):

@@ -149,8 +149,8 @@ def show(axes, picture, boxes: list, colors: list):
 def visible(image: np.ndarray) -> np.ndarray:
     """An image (C,H,W) of any numbers -> (H,W,3), float32 from 0 to 1, as matplotlib shows it.
 
-    Of three channels or more, the first three are red, green and blue. Of one or two, the first one is grey. A value far
-    outside all others, which marks pixels without data, is shown as black or white, and nan as black.
+    Of three channels or more, the first three are red, green and blue. Of one or two, the first one is grey. Pixels
+    without data are black or white: those of nan, and of a value far outside all others.
     """
     if len(image) >= 3:
         image = image[:3]

@@ -1,8 +1,8 @@
 """A run: what training changes, kept so that it can go on after an interruption, and what it leaves in its folder.
 
     last.pt           after every epoch: all that --resume needs to go on as if nothing had happened
-    best.pt           the network of the epoch with the best mean IoU on the validation images, and the number of that epoch;
-                      of the last epoch, if these images lack a class that is to be learned
+    best.pt           the network of the epoch with the best mean IoU on the validation images, or of the last epoch, if
+                      these images lack a class that is to be learned; and the number of that epoch
     log.csv           a row for each epoch
     metrics.json      at the end: the options, the scores, time and memory
     curves.png        losses and scores of the epochs
@@ -47,9 +47,10 @@ class Run:
         self.started = time.perf_counter()
 
     def begin(self, state: dict | None):
-        """Goes on from a state, or else begins, with weights of --init if there are any. Prints the heading of the table of epochs.
+        """Goes on from a state, or else begins, with the weights of --init if there are any. Prints the heading of the
+        table of epochs.
 
-        CheckpointError: the state is that of another network, or of other images; or best.pt is that of another state; or
+        CheckpointError: the state is that of another network, or of other images; best.pt is that of another state; or
         the weights are those of another network.
         """
         if state is not None:
@@ -151,8 +152,11 @@ class Run:
             self.save_best()
 
     def is_best(self, validation: dict) -> bool:
-        """Whether these are the best validation scores so far. Of equal ones the later are, as more was learned. So are the
-        last of all, where a class does not occur in the validation masks: a network that never finds it scores best."""
+        """Whether these are the best validation scores so far. Of equal ones the later are, as more was learned.
+
+        Where a class does not occur in the validation masks, the last of all are: the best would be those of a network
+        that never finds this class.
+        """
         if self.best is None or self.config.get("not_in_val"):
             return True
         return validation["mean_iou"] >= self.best["mean_iou"]

@@ -62,8 +62,10 @@ def mean_iou(counts: Tensor) -> float:
 
 
 def scores(counts: Tensor, classes: list[str]) -> dict:
-    """(2,L,L) counts -> IoU of all pixels, and mean IoU of those near seams and of those away from them. And the classes
-    that the true masks lack, of which the scores say nothing, and those that are never predicted."""
+    """(2,L,L) counts -> IoU of all pixels, and mean IoU of those near seams and of those away from them.
+
+    And the classes that the true masks lack, of which the scores say nothing, and those that are never predicted.
+    """
     away, near = counts
     everywhere = away + near
     return {
@@ -99,5 +101,6 @@ def remarks(found: dict, config: dict) -> list[str]:
     if absent:
         lines.append(f"the true masks hold no {' or '.join(absent)}, so the mean IoU says nothing about that")
     if missed:
-        lines.append(f"never predicted, although the true masks hold it: {', '.join(missed)}; more --epochs or --class-weights balanced may help")
+        lines.append(f"never predicted, although the true masks hold it: {', '.join(missed)}; more --epochs or "
+                     "--class-weights balanced may help")
     return lines

@@ -253,8 +253,8 @@ def number_classes(found: set[int], folder: Path) -> list[str]:
 
 
 def say_outliers(extremes: dict[str, Extremes]):
-    """A line for a value of the training images that is far outside all others of its channel, and for a split with quite
-    other values than theirs."""
+    """Prints a line for a value of the training images that is far outside all others of its channel, and one for a
+    split with quite other values than theirs."""
     outlier = find_outlier(extremes["train"])
     if outlier:
         print(f"train: {outlier}; if it marks pixels without data, give these {IGNORE} in the masks")

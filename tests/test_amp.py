@@ -142,7 +142,7 @@ def test_images_of_a_narrow_range_are_normalised_before_they_are_rounded():
 
 @pytest.mark.parametrize("missing", [-9999, 1e38, np.nan, np.inf, -np.inf])
 def test_numbers_that_are_not_finite_or_far_outside_the_range_of_training_become_the_mean(missing):
-    image = torch.tensor([2.0, 6.0, -1.9, 9.9, missing])[None, None, None]  # -2 and 10 are as far as values may lie outside
+    image = torch.tensor([2.0, 6.0, -1.9, 9.9, missing])[None, None, None]  # -2 and 10 are the limits
     x = normalise(image, [4.0], [2.0], [[2.0], [6.0]])
     torch.testing.assert_close(x.flatten(), torch.tensor([-1.0, 1.0, -2.95, 2.95, 0.0]))
 

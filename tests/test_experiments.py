@@ -12,7 +12,7 @@ import plan
 import train
 from comm_net import CommNet
 from experiments import (benchmark, comm_channels, control, deepglobe, generalise, idea, loading, memory, norm, qualitative,
-                         reach, simulation)
+                         rare, reach, simulation)
 from experiments.common import read_rows
 from support import processes
 
@@ -155,6 +155,15 @@ def test_waiting_is_measured_for_each_number_of_workers(folder):
     lines = (folder / "runs/loading-quick/loading.md").read_text().splitlines()
     workers = [line.split("|")[1].strip() for line in lines]
     assert workers == ["workers", "---", "0", "1", "2"]
+
+
+# The object that is rare
+
+def test_a_rare_object_is_looked_for_with_and_without_weights_of_the_classes(folder):
+    rare.main(["--quick", "--seeds", "0"])
+    lines = (folder / "runs/rare-quick/rare-epochs1.md").read_text().splitlines()
+    found = [line.split("|")[1].strip() for line in lines]
+    assert found == ["class weights", "---", "all the same", "balanced"]
 
 
 # Those that add to a file of results

@@ -784,7 +784,8 @@ def survey_of(root, names=None):
 def test_masks_of_a_split_that_hold_0_and_255_alone_are_refused(split, tmp_path):
     make_folder(tmp_path, 3, splits=("train", "val", "test"))
     draw(tmp_path / split / "masks", 0, 255)
-    with pytest.raises(image_files.DataError, match=f"{split}/masks: the masks know a single class, 0; save the others as 1"):
+    message = f"{split}/masks: the masks know a single class, 0; save the others as 1"
+    with pytest.raises(image_files.DataError, match=message):
         survey_of(tmp_path)
 
 
@@ -1016,8 +1017,8 @@ SIX_OF_TWO_SIZES = 3 * [(16, 24), (24, 16)]
     (6 * [(16, 16)], "--crop 8 --grid 2x2", "--crop: --grid 2x2 --overlap 0 --depth 3: 2 rows of tiles"),
     (SIX_OF_16x24, "--image-size 64", "--image-size is for --dataset synthetic"),
     (SIX_OF_16x24, "--dataset deepglobe", "data/train: no image"),
-    (SIX_OF_16x24, "--class-weights 1 2", "--class-weights: 2 numbers, but there are 3 classes (class 0, class 1, class 2)"),
-    (SIX_OF_16x24, "--class-weights balanced 2", "--class-weights balanced 2.0: give balanced alone, or a number for each"),
+    (SIX_OF_16x24, "--class-weights 1 2", "--class-weights: 2 numbers, but there are 3 classes (class 0, class 1"),
+    (SIX_OF_16x24, "--class-weights balanced 2", "--class-weights balanced 2.0: give balanced alone, or a number"),
     (SIX_OF_16x24, "--class-weights 0 0 0", "--class-weights 0.0 0.0 0.0: give balanced alone, or a number for each"),
     (SIX_OF_16x24, "--class-weights 1 -1 1", "'-1' is not a number of 0 or more"),
 ])

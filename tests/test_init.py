@@ -29,7 +29,7 @@ def weights_of(path) -> dict:
 
 @pytest.fixture(scope="module")
 def first(tmp_path_factory):
-    """A folder with images of three classes in data, and a run that was trained on them in run. No test may change it."""
+    """A folder with images of three classes in data, and a run that was trained on them in run. No test changes it."""
     folder = tmp_path_factory.mktemp("first")
     make_folder(folder / "data", 12)
     run(folder / "data", folder / "run")
@@ -68,7 +68,8 @@ def test_training_goes_on_from_the_weights_and_then_without_the_checkpoint(first
     start = tmp_path / "start.pt"
     shutil.copy(first / "run/best.pt", start)
     run(first / "data", tmp_path / "run", "--init", start, "--epochs", "1")
-    assert not torch.equal(weights_of(start)["decoder.head.bias"], weights_of(tmp_path / "run/last.pt")["decoder.head.bias"])
+    before, after = weights_of(start), weights_of(tmp_path / "run/last.pt")
+    assert not torch.equal(before["decoder.head.bias"], after["decoder.head.bias"])
     start.unlink()
     train.main(["--resume", str(tmp_path / "run")])
     assert metrics_of(tmp_path / "run")["config"]["init"] == str(start)

@@ -368,7 +368,7 @@ def test_pixels_without_data_are_taken_as_the_mean(missing, floats, tmp_path, ca
     if np.isfinite(missing):
         assert "a.npy: values from -9999 to " in said
     else:
-        assert "a.npy: 160 numbers are nan, inf or beyond 1e38; they are taken as the mean of the training images" in said
+        assert "a.npy: 160 numbers are nan, inf or beyond 1e38; they are taken as the mean of the training" in said
     _, config = load_model(floats)
     image[:5] = config["mean"]
     assert np.array_equal(mask, predict_array(floats, image, tmp_path / "mean"))
