@@ -7,7 +7,7 @@ from pathlib import Path
 
 from support import checkpoints, folders, processes
 from support.checkpoints import CheckpointError
-from support.datasets import describe
+from support.datasets import check_unchanged, describe
 from support.image_files import DataError
 from support.loaders import WORKER_DIED, is_death_of_a_worker
 from support.model import load_model, weights_to_begin_with
@@ -26,7 +26,7 @@ def prepare_run(arguments: list[str] | None, parser) -> tuple[dict, Path, dict |
         config, out, state = open_run(Path(asked["resume"]))
         check_same(asked, config, out)
         check_processes(config)
-        check_images(config)
+        check_unchanged(config, show_progress)
         print(f"{out}: {len(state['rows'])} of {config['epochs']} epochs are done")
         return config, out, state
     check_processes(asked)
@@ -103,18 +103,6 @@ def check_processes(config: dict):
     if config["batch_size"] < groups:
         raise DataError(f"--batch-size {config['batch_size']}: {groups} processes, or groups that share an image, need at "
                         "least as many images")
-
-
-def check_images(config: dict):
-    """DataError: the images of a run that goes on have changed."""
-    if config["dataset"] == "synthetic":
-        return
-    known = describe(config, show_progress)
-    if "range" not in config:  # begun when the statistics were also those of pixels that do not count
-        del known["mean"], known["std"]
-    for name, value in known.items():
-        if name in config and config[name] != value:  # a run that was begun before there was a name does not have it
-            raise DataError(f"{config['data']}: the images are not those of the run; put them back, or train anew")
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from torch.utils.data import Dataset
 
+from support.identity import read_contents, times_of
 from support.image_files import DataError
 from support.image_folder import SPLITS, ImageFolder, class_names, open_folder
 from support.loaders import workers_before_training
@@ -38,7 +39,7 @@ def build_datasets(config: dict) -> dict[str, Dataset]:
 
 def describe(config: dict, progress: Callable) -> dict:
     """What the data add to the configuration: channels, dtype (None: any), classes, colors, mean, std, image_size and
-    loss_weights.
+    loss_weights; and for images from files file_times and file_contents, by which they are known again.
 
     Every image is read once, so that a broken file is found here and not in the third hour. DataError.
     """
@@ -46,8 +47,10 @@ def describe(config: dict, progress: Callable) -> dict:
         return describe_synthetic(config)
     datasets = build_datasets(config)
     names = class_names(Path(config["data"]), config["dataset"] == "deepglobe")
+    times = times_of(datasets)  # before they are read, so that a change in between will be noticed
     images = sum(len(dataset.pairs) for dataset in datasets.values())
     known, sizes = survey(datasets, names, progress, workers_before_training(config, images))
+    known["file_times"] = times
     known["image_size"] = check_sizes(config, sizes, len(datasets["train"]))
     classes = known["classes"]
     if config["class_weights"] == ["balanced"]:
@@ -68,6 +71,48 @@ def describe_epoch(train: ImageFolder) -> str:
         return "an epoch learns from each training image once; with --crop HxW, from as many windows as cover it"
     height, width = train.crop
     return f"an epoch learns from {len(train)} windows of {height}x{width}, as many as cover the training rows"
+
+
+def check_unchanged(config: dict, progress: Callable):
+    """DataError: the images of a run that goes on are not those that it was begun with.
+
+    Sets what else is known of them: file_times, as they may have moved, and in runs that were begun before files had
+    checksums, file_contents.
+    """
+    if config["dataset"] == "synthetic":
+        return
+    if "file_contents" not in config:
+        check_alike(config, progress)
+        return
+    datasets = build_datasets(config)
+    names = class_names(Path(config["data"]), config["dataset"] == "deepglobe")
+    if names is not None and names != config["classes"]:
+        raise DataError(f"{config['data']}: the classes were {', '.join(config['classes'])} and are {', '.join(names)}; "
+                        "put classes.txt back, or train anew")
+    times = times_of(datasets)
+    if times == config["file_times"]:
+        return
+    files = 2 * sum(len(dataset.pairs) for dataset in datasets.values())
+    contents = read_contents(datasets, progress, workers_before_training(config, files))
+    if contents != config["file_contents"]:
+        raise changed(config)
+    config["file_times"] = times
+
+
+def check_alike(config: dict, progress: Callable):
+    """Compares what all images tell with what they told at the beginning. Means and deviations may differ: they once
+    depended on the number of threads, and on pixels that do not count. DataError."""
+    found = describe(config, progress)
+    for name in ("channels", "dtype", "classes", "image_size"):
+        if found[name] != config[name]:
+            raise changed(config)
+    for name in ("file_times", "file_contents"):
+        config[name] = found[name]
+
+
+def changed(config: dict) -> DataError:
+    return DataError(f"{config['data']}: the images are not those of the run, as a file was changed, renamed, added or "
+                     "removed; put them back, or train anew")
 
 
 def describe_synthetic(config: dict) -> dict:

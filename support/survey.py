@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from support.identity import checksum, contents_of
 from support.image_files import (DEEPGLOBE, DataError, Extremes, classes_in, count_pixels, counted_pixels, drawn_in_white,
                                  has_transparency, mask_colors, range_remark, read_mask, single_class, white, without_outliers)
 from support.image_folder import ImageFolder, check_same_size, say_once
@@ -62,6 +63,7 @@ class Look:
     palette: list[tuple[int, int, int]]
     extremes: Extremes
     statistics: Statistics
+    checksums: tuple[int, int]  # of the two files
 
 
 def look_at(folder: ImageFolder, number: int, classes: int) -> Look:
@@ -78,7 +80,9 @@ def look_at(folder: ImageFolder, number: int, classes: int) -> Look:
         for channel in range(channels):
             extremes.add(channel, block[:, channel])
     palette = mask_colors(mask_path) if folder.read_mask is read_mask else []
-    return Look(mask.shape, channels, image.dtype, has_transparency(image_path), pixels, palette, extremes, statistics)
+    checksums = checksum(image_path), checksum(mask_path)  # now, as the system has just read them and holds them ready
+    return Look(mask.shape, channels, image.dtype, has_transparency(image_path), pixels, palette, extremes, statistics,
+                checksums)
 
 
 class Looks(Dataset):
@@ -113,13 +117,15 @@ def survey(folders: dict[str, ImageFolder], names: list[str] | None, progress: C
 
     Returns what the images tell: channels; dtype; classes and colors; mean and std of each channel of the training
     images, where white is 1; range, the smallest and the largest value of each of their channels; class_pixels, how many
-    pixels of each class the training masks hold; not_in_val, the classes of these that the masks for val lack. And the
-    sizes of the training images: {(H, W): an image of that size}.
+    pixels of each class the training masks hold; not_in_val, the classes of these that the masks for val lack;
+    file_contents, which stands for all files (see identity.py). And the sizes of the training images: {(H, W): an image of
+    that size}.
     """
     looks = Looks(folders, len(names) if names is not None else IGNORE)
     statistics = Statistics()
     extremes = {}  # of each split
     sizes = {}
+    checksums = []  # of all files
     kinds = {}  # of image: the first image of that kind
     pixels = {split: Counter() for split in folders}  # of each value of a mask, in each split
     pixels_of_folder = {}  # the same in each folder, from which several splits may be drawn
@@ -138,6 +144,7 @@ def survey(folders: dict[str, ImageFolder], names: list[str] | None, progress: C
         pixels[split].update(look.pixels)
         pixels_of_folder.setdefault(mask_path.parent, Counter()).update(look.pixels)
         extremes.setdefault(split, Extremes(look.channels, look.dtype)).add_all(look.extremes)
+        checksums += look.checksums
         if split == "train":
             statistics.add_all(look.statistics)
             sizes.setdefault(look.size, image_path)
@@ -157,9 +164,18 @@ def survey(folders: dict[str, ImageFolder], names: list[str] | None, progress: C
     say_outliers(extremes)
     mean, std = statistics.mean_and_std()
     class_pixels = [pixels["train"][label] for label in range(len(names))]
-    known = {"channels": look.channels, "dtype": str(look.dtype), "classes": names, "colors": class_colors(names),
-             "mean": mean, "std": std, "range": extremes["train"].value_range(), "class_pixels": class_pixels,
-             "not_in_val": missing["val"]}
+    known = {
+        "channels": look.channels,
+        "dtype": str(look.dtype),
+        "classes": names,
+        "colors": class_colors(names),
+        "mean": mean,
+        "std": std,
+        "range": extremes["train"].value_range(),
+        "class_pixels": class_pixels,
+        "not_in_val": missing["val"],
+        "file_contents": contents_of(folders, checksums),
+    }
     return known, sizes
 
 

@@ -154,8 +154,8 @@ def test_grey_images_have_the_same_mean_with_one_thread_and_with_two(tmp_path):
     """Large enough that PyTorch would share out their sum among threads, which changes its rounding."""
     rng = np.random.default_rng(0)
     for i in range(3):
-        noise = rng.random((512, 512), np.float32)
-        for folder, array in (("images", noise), ("masks", noise > 0.5)):
+        noise = rng.integers(256, size=(512, 512), dtype=np.uint8)
+        for folder, array in (("images", noise), ("masks", noise // 128)):
             (tmp_path / "train" / folder).mkdir(parents=True, exist_ok=True)
             np.save(tmp_path / "train" / folder / f"{i}.npy", array)
     folders = open_folder(tmp_path, deepglobe=False, seed=5)

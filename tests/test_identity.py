@@ -1,0 +1,181 @@
+"""A run goes on with the images that it was begun with, wherever they are now, and with no others."""
+
+import os
+import shutil
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_image_folder import make_folder, random_image, save
+from test_resume import message_of_failure
+
+import train
+from support import checkpoints, datasets, identity
+from support.image_folder import open_folder
+
+pytestmark = pytest.mark.usefixtures("no_pictures")
+TINY = "--width 2 --depth 1 --comm-channels 0 --batch-size 8 --epochs 1 --workers 0 --dataset folder --data".split()
+CHANGED = "the images are not those of the run, as a file was changed, renamed, added or removed"
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory):
+    """A folder with grey images in data, and a run on them in run. No test may change it."""
+    place = tmp_path_factory.mktemp("begun")
+    make_folder(place / "data", 8, channels=1)
+    train.main([*TINY, str(place / "data"), "--out", str(place / "run")])
+    return place
+
+
+@pytest.fixture
+def place(begun, tmp_path, monkeypatch):
+    """A copy that may be changed. Its files have the times of the last change of the original."""
+    shutil.copytree(begun, tmp_path / "place")
+    change_checkpoint(tmp_path / "place", data=str(tmp_path / "place/data"))
+    monkeypatch.chdir(tmp_path / "place")
+    return tmp_path / "place"
+
+
+def change_checkpoint(place, without=(), **changes):
+    state = checkpoints.load(place / "run/last.pt")
+    for name in without:
+        del state["config"][name]
+    state["config"].update(changes)
+    checkpoints.save(place / "run/last.pt", state)
+
+
+def config_of(place) -> dict:
+    return checkpoints.load(place / "run/last.pt")["config"]
+
+
+def never(*arguments):
+    raise AssertionError("this was not to be called")
+
+
+# The same images
+
+def test_nothing_is_read_where_sizes_and_times_of_all_files_are_those_of_before(place, monkeypatch, capsys):
+    monkeypatch.setattr(datasets, "survey", never)
+    monkeypatch.setattr(identity, "checksum", never)
+    train.main(["--resume", "run"])
+    assert "1 of 1 epochs are done" in capsys.readouterr().out
+
+
+def touch_all(place):
+    for path in (place / "data").rglob("*.png"):
+        os.utime(path, (1e9, 1e9))
+
+
+def test_files_with_new_times_and_the_same_content_are_read_once_and_found_the_same(place, monkeypatch):
+    touch_all(place)
+    before = config_of(place)
+    monkeypatch.setattr(datasets, "survey", never)
+    train.main(["--resume", "run"])
+    config = dict(before)
+    datasets.check_unchanged(config, print)
+    assert config["file_times"] != before["file_times"]
+    assert config["mean"] == before["mean"]
+    monkeypatch.setattr(identity, "checksum", never)
+    datasets.check_unchanged(config, print)
+
+
+def test_a_run_keeps_its_numbers_whatever_is_rounded_now(place):
+    """As in a run that was begun with another number of threads."""
+    change_checkpoint(place, mean=[0.25], std=[0.125])
+    train.main(["--resume", "run"])
+    assert checkpoints.load(place / "run/last.pt")["config"]["mean"] == [0.25]
+
+
+def test_a_run_that_was_begun_before_files_had_checksums_goes_on(place):
+    mean = config_of(place)["mean"]
+    change_checkpoint(place, without=["file_times", "file_contents"], mean=[mean[0] + 1e-15])
+    config = config_of(place)
+    datasets.check_unchanged(config, print)
+    assert config["mean"] == [mean[0] + 1e-15]
+    assert {"file_times", "file_contents"} < config.keys()
+    train.main(["--resume", "run"])
+
+
+# Others
+
+def change_one_pixel(place):
+    path = place / "data/train/images/3.png"
+    image = np.array(Image.open(path))
+    image[5, 7] ^= 1
+    save(path, image)
+
+
+def change_one_pixel_of_a_mask(place):
+    path = place / "data/train/masks/3.png"
+    mask = np.array(Image.open(path))
+    mask[5, 7] = (mask[5, 7] + 1) % 3
+    save(path, mask)
+
+
+def give_a_pair_another_name(place):
+    for kind in ("images", "masks"):
+        path = place / f"data/train/{kind}/7.png"
+        path.rename(path.with_name("77.png"))
+
+
+def exchange_two_images(place):
+    folder = place / "data/train/images"
+    (folder / "3.png").rename(folder / "aside.png")
+    (folder / "4.png").rename(folder / "3.png")
+    (folder / "aside.png").rename(folder / "4.png")
+
+
+def add_a_pair(place):
+    save(place / "data/train/images/8.png", random_image((16, 24), channels=1))
+    save(place / "data/train/masks/8.png", np.zeros((16, 24), np.uint8))
+
+
+def remove_a_pair(place):
+    for kind in ("images", "masks"):
+        (place / f"data/train/{kind}/3.png").unlink()
+
+
+ALL_CHANGES = [change_one_pixel, change_one_pixel_of_a_mask, give_a_pair_another_name, exchange_two_images, add_a_pair,
+               remove_a_pair]
+
+
+@pytest.mark.parametrize("change", ALL_CHANGES)
+def test_other_images_are_one_line(change, place, capsys):
+    change(place)
+    before = (place / "run/last.pt").read_bytes()
+    assert f"{place / 'data'}: {CHANGED}" in message_of_failure(["--resume", "run"], capsys)
+    assert (place / "run/last.pt").read_bytes() == before
+
+
+def test_other_names_of_classes_are_one_line(place, capsys):
+    (place / "data/classes.txt").write_text("sky\nsea\nland\n")
+    said = message_of_failure(["--resume", "run"], capsys)
+    assert "the classes were class 0, class 1, class 2 and are sky, sea, land; put classes.txt back" in said
+
+
+def test_other_images_of_an_older_run_are_one_line(place, capsys):
+    change_checkpoint(place, without=["file_times", "file_contents"])
+    change_one_pixel(place)
+    assert CHANGED in message_of_failure(["--resume", "run"], capsys)
+
+
+# What stands for the files
+
+def test_a_checksum_is_that_of_all_bytes(tmp_path):
+    content = np.random.default_rng(0).bytes(2**24 + 5)
+    (tmp_path / "file").write_bytes(content)
+    assert identity.checksum(tmp_path / "file") == zlib.crc32(content)
+
+
+def test_any_number_of_workers_reads_the_same_as_the_look_at_all_images(place):
+    folders = open_folder(place / "data", deepglobe=False, seed=0)
+    expected = config_of(place)["file_contents"]
+    for workers in (0, 2):
+        assert identity.read_contents(folders, print, workers) == expected
+
+
+def test_what_is_kept_is_small(place):
+    config = config_of(place)
+    assert len(config["file_times"]) == len(config["file_contents"]) == 64
