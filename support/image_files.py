@@ -465,11 +465,14 @@ def single_class(folder: Path) -> DataError:
 def check_regions(mask: np.ndarray, path: Path):
     """DataError: most values of a mask form no regions, but only lines between them, as do the grey values that come from
     interpolation and from JPEG. True classes, of which there may be many, form regions."""
-    counts = Counter()  # pixels of each value
-    counts_in_lines = Counter()
+    counts_in_lines = Counter()  # of each value, its pixels in lines
+    for block in blocks(mask):
+        count_values(block[one_pixel_wide(block)], counts_in_lines)
+    if len(counts_in_lines) < MANY_VALUES:
+        return
+    counts = Counter()
     for block in blocks(mask):
         count_values(block, counts)
-        count_values(block[one_pixel_wide(block)], counts_in_lines)
     lines = []  # the values that form no regions
     total = 0
     for value, count in counts.items():
