@@ -290,7 +290,7 @@ def predict_some(model: nn.Module, dataset, config: dict, devices: list,
 def main(arguments: list[str] | None = None):
     parser = make_parser("Train a domain-decomposed U-Net. Without a GPU, every tile is computed on the CPU.")
     parser.add_argument("--resume", type=Path, metavar="RUN", help="folder of a run to go on with after its last "
-                        "completed epoch, with its options; no other option goes with it")
+                        "completed epoch, with its options; only --data, --workers and --image-processes go with it")
     parser.add_argument("--init", type=Path, metavar="CHECKPOINT", help="best.pt of another run, with whose weights to "
                         "begin (default: weights drawn by the seed)")
     with one_line_errors(parser):

@@ -1,6 +1,7 @@
 """How train.py begins, and how it ends when something goes wrong: with one line and exit status 2, never a traceback."""
 
 import argparse
+import math
 import shlex
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,7 +12,7 @@ from support.datasets import check_unchanged, describe
 from support.image_files import DataError
 from support.loaders import WORKER_DIED, is_death_of_a_worker
 from support.model import load_model, weights_to_begin_with
-from support.options import explain, parse, show_progress
+from support.options import check_network, explain, parse, show_progress
 from support.run import STATE, Diverged
 
 
@@ -24,7 +25,10 @@ def prepare_run(arguments: list[str] | None, parser) -> tuple[dict, Path, dict |
     asked = parse(arguments, parser)
     if asked["resume"]:
         config, out, state = open_run(Path(asked["resume"]))
-        check_same(asked, config, out)
+        if "changes" in asked:
+            change_options(config, asked["changes"], parser)
+        else:
+            check_same(asked, config, out)
         check_processes(config)
         check_unchanged(config, show_progress)
         print(f"{out}: {len(state['rows'])} of {config['epochs']} epochs are done")
@@ -70,6 +74,20 @@ def open_run(out: Path) -> tuple[dict, Path, dict]:
     config.setdefault("init", None)
     config.setdefault("image_processes", 1)
     return config, out, state
+
+
+def change_options(config: dict, changes: dict, parser):
+    """What is given with --resume takes the place of what the run was begun with. DataError."""
+    config.update(changes)
+    if "data" in changes:
+        if config["dataset"] == "synthetic":
+            raise DataError(f"--data {config['data']}: the images of this run are synthetic; leave --data out")
+        config["data"] = str(config["data"].absolute())
+    if "image_processes" in changes:  # now each of them may have another number of tiles for its GPUs
+        rows, columns = config["grid"]
+        tiles_each = math.ceil(rows * columns / config["image_processes"])
+        config["gpus"] = min(processes.gpus_each(), tiles_each)
+        check_network(config, parser)
 
 
 def say_init(config: dict):

@@ -10,7 +10,7 @@ from support.image_files import DataError
 from support.image_folder import SPLITS, ImageFolder, class_names, open_folder
 from support.loaders import workers_before_training
 from support.loss import balanced_weights
-from support.sizes import check_sizes
+from support.sizes import check_sizes, check_smallest, smallest
 from support.survey import survey
 from synthetic import LinesAndCircles
 
@@ -39,7 +39,7 @@ def build_datasets(config: dict) -> dict[str, Dataset]:
 
 def describe(config: dict, progress: Callable) -> dict:
     """What the data add to the configuration: channels, dtype (None: any), classes, colors, mean, std, image_size and
-    loss_weights; and for images from files file_times and file_contents, by which they are known again.
+    loss_weights; and for images from files smallest_image, and file_times and file_contents, by which they are known again.
 
     Every image is read once, so that a broken file is found here and not in the third hour. DataError.
     """
@@ -51,7 +51,9 @@ def describe(config: dict, progress: Callable) -> dict:
     images = sum(len(dataset.pairs) for dataset in datasets.values())
     known, sizes = survey(datasets, names, progress, workers_before_training(config, images))
     known["file_times"] = times
-    known["image_size"] = check_sizes(config, sizes, len(datasets["train"]))
+    known["smallest_image"] = smallest(config, sizes)
+    check_smallest(config | known)
+    known["image_size"] = check_sizes(config, sizes["train"], len(datasets["train"]))
     classes = known["classes"]
     if config["class_weights"] == ["balanced"]:
         known["loss_weights"] = balanced_weights(known["class_pixels"])
@@ -76,14 +78,14 @@ def describe_epoch(train: ImageFolder) -> str:
 def check_unchanged(config: dict, progress: Callable):
     """DataError: the images of a run that goes on are not those that it was begun with.
 
-    Sets what else is known of them: file_times, as they may have moved, and in runs that were begun before files had
-    checksums, file_contents.
+    Sets file_times, as they may have moved; and in runs that were begun before files had checksums, all that is missing.
     """
     if config["dataset"] == "synthetic":
         return
     if "file_contents" not in config:
         check_alike(config, progress)
         return
+    check_smallest(config)
     datasets = build_datasets(config)
     names = class_names(Path(config["data"]), config["dataset"] == "deepglobe")
     if names is not None and names != config["classes"]:
@@ -106,7 +108,9 @@ def check_alike(config: dict, progress: Callable):
     for name in ("channels", "dtype", "classes", "image_size"):
         if found[name] != config[name]:
             raise changed(config)
-    for name in ("file_times", "file_contents"):
+    print(f"{config['data']}: the run is of an earlier version, which did not keep by what to know its images again; make sure "
+          "that they are the same")
+    for name in ("file_times", "file_contents", "smallest_image"):
         config[name] = found[name]
 
 

@@ -10,6 +10,7 @@ import torch
 
 from support import processes
 
+WITH_RESUME = ("--data", "--workers", "--image-processes")  # what may be given with --resume
 LARGE = 2**20  # the most that an option may be: with more, PyTorch overflows
 
 
@@ -93,7 +94,7 @@ def make_parser(description: str) -> Parser:
     option("--dataset", choices=["synthetic", "folder", "deepglobe"], default="synthetic", help="what to learn: lines "
            "between circles, images and masks of your own, or DeepGlobe's land cover")
     option("--data", type=Path, default=None, metavar="DIR", help="folder of your own images or of DeepGlobe's; "
-           "docs/own-images.md tells the layout")
+           "docs/own-images.md tells the layout; with --resume, where they are now")
     option("--crop", type=size, default=None, metavar="N|HxW", help="learn from windows of this size, somewhere else each "
            "time (default: whole images)")
     option("--augment", action=argparse.BooleanOptionalAction, default=True, help="flip images from a folder at random, "
@@ -138,13 +139,12 @@ def make_parser(description: str) -> Parser:
 
 def parse(arguments: list[str] | None, parser: Parser, **defaults) -> dict:
     """The configuration: every option with its value, paths as text. Options that do not go together end the program with
-    one line. A run that goes on (--resume) has the options of its folder, so here that one alone comes back."""
+    one line. A run that goes on (--resume) has the options of its folder. Then there are only "resume", and in "changes"
+    the options that may be given with it."""
     config = {**defaults, **vars(parser.parse_args(arguments))}
     if config.get("resume"):
-        for word in sys.argv[1:] if arguments is None else arguments:
-            if word.startswith("-") and not word.startswith("--resume"):
-                parser.error("--resume goes on with the options of the run; give it alone")
-        return {"resume": str(config["resume"])}
+        words = sys.argv[1:] if arguments is None else arguments
+        return {"resume": str(config["resume"]), "changes": changes_of_run(words, config, parser)}
 
     gpus = config.get("gpus", processes.gpus_each())
     config.setdefault("grid", default_grid(gpus * config["image_processes"]))
@@ -160,6 +160,20 @@ def parse(arguments: list[str] | None, parser: Parser, **defaults) -> dict:
         if config.get(name) is not None:
             config[name] = str(config[name])
     return config
+
+
+def changes_of_run(words: list[str], config: dict, parser: Parser) -> dict:
+    """The options that are given with --resume. words: of the command line; config: every option with its value."""
+    changes = {}
+    for word in words:
+        option, _, _ = word.partition("=")
+        if option in WITH_RESUME:
+            name = option.removeprefix("--").replace("-", "_")
+            changes[name] = config[name]
+        elif option.startswith("-") and option != "--resume":
+            parser.error("--resume goes on with the options of the run; give it alone, or with "
+                         f"{', '.join(WITH_RESUME)}, but without {option}")
+    return changes
 
 
 def check_network(config: dict, parser: Parser):

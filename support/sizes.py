@@ -4,6 +4,7 @@ import functools
 import itertools
 import math
 from collections.abc import Sequence
+from pathlib import Path
 
 from decompose import Tiling
 from support import processes
@@ -72,6 +73,37 @@ def check_sizes(config: dict, sizes: dict[tuple[int, int], str], images: int) ->
             raise DataError("a tile is a single cell, and a process has a batch of a single image: batch norm needs at "
                             "least two numbers; take another --batch-size, a coarser --grid or a smaller --depth")
     return largest
+
+
+def smallest(config: dict, sizes: dict[str, dict[tuple[int, int], Path]]) -> tuple[str, int, int]:
+    """Name, height and width of the image with the fewest cells, of all that are cut.
+
+    sizes: for each split {(H, W): an image of that size}.
+    """
+    candidates = []
+    for split, paths in sizes.items():
+        for size, path in paths.items():
+            name = path.name
+            if split == "train" and config["crop"]:
+                size, name = config["crop"], "--crop"
+            candidates.append((number_of_cells(config, size), name, size))
+    _, name, (height, width) = min(candidates)
+    return name, height, width
+
+
+def number_of_cells(config: dict, size: Sequence[int]) -> int:
+    cell = 2 ** config["depth"]
+    return math.ceil(size[0] / cell) * math.ceil(size[1] / cell)
+
+
+def check_smallest(config: dict):
+    """DataError: the smallest image has too few cells to give each of the processes that share it a tile."""
+    name, height, width = config["smallest_image"]
+    cells = number_of_cells(config, (height, width))
+    if cells < config["image_processes"]:
+        cell = 2 ** config["depth"]
+        raise DataError(f"{name}: {height}x{width} pixels, {cells} cells of {cell}x{cell}, cannot be cut into a tile for "
+                        f"each of --image-processes {config['image_processes']}; take at most {cells}")
 
 
 def has_tile_of_one_cell(tiling: Tiling) -> bool:

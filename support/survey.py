@@ -118,13 +118,13 @@ def survey(folders: dict[str, ImageFolder], names: list[str] | None, progress: C
     Returns what the images tell: channels; dtype; classes and colors; mean and std of each channel of the training
     images, where white is 1; range, the smallest and the largest value of each of their channels; class_pixels, how many
     pixels of each class the training masks hold; not_in_val, the classes of these that the masks for val lack;
-    file_contents, which stands for all files (see identity.py). And the sizes of the training images: {(H, W): an image of
-    that size}.
+    file_contents, which stands for all files (see identity.py). And the sizes that occur in each split:
+    {(H, W): an image of that size}.
     """
     looks = Looks(folders, len(names) if names is not None else IGNORE)
     statistics = Statistics()
     extremes = {}  # of each split
-    sizes = {}
+    sizes = {split: {} for split in folders}
     checksums = []  # of all files
     kinds = {}  # of image: the first image of that kind
     pixels = {split: Counter() for split in folders}  # of each value of a mask, in each split
@@ -144,10 +144,10 @@ def survey(folders: dict[str, ImageFolder], names: list[str] | None, progress: C
         pixels[split].update(look.pixels)
         pixels_of_folder.setdefault(mask_path.parent, Counter()).update(look.pixels)
         extremes.setdefault(split, Extremes(look.channels, look.dtype)).add_all(look.extremes)
+        sizes[split].setdefault(look.size, image_path)
         checksums += look.checksums
         if split == "train":
             statistics.add_all(look.statistics)
-            sizes.setdefault(look.size, image_path)
     progress("")
     check_counted(pixels, folders)
     if transparent is not None:

@@ -125,7 +125,7 @@ def test_the_statistics_and_the_size_are_those_of_the_training_rows(tmp_path):
     pixels = image[:168] / 255
     np.testing.assert_allclose(known["mean"], [pixels.mean()])
     np.testing.assert_allclose(known["std"], [pixels.std()])
-    assert list(sizes) == [(168, 20)]
+    assert list(sizes["train"]) == [(168, 20)]
 
 
 def test_a_class_that_is_missing_in_a_band_is_told(tmp_path, capsys):

@@ -1,19 +1,23 @@
 """A run goes on with the images that it was begun with, wherever they are now, and with no others."""
 
+import json
 import os
 import shutil
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 from test_image_folder import make_folder, random_image, save
 from test_resume import message_of_failure
 
 import train
-from support import checkpoints, datasets, identity
+from support import checkpoints, datasets, identity, processes
+from support.command import prepare_run
 from support.image_folder import open_folder
+from support.options import make_parser
+from support.sizes import smallest
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
 TINY = "--width 2 --depth 1 --comm-channels 0 --batch-size 8 --epochs 1 --workers 0 --dataset folder --data".split()
@@ -156,9 +160,91 @@ def test_other_names_of_classes_are_one_line(place, capsys):
 
 
 def test_other_images_of_an_older_run_are_one_line(place, capsys):
+    change_checkpoint(place, without=["file_times", "file_contents"], dtype="uint16")
+    assert CHANGED in message_of_failure(["--resume", "run"], capsys)
+
+
+def test_of_an_older_run_it_is_said_that_its_images_are_not_known_for_sure(place, capsys):
     change_checkpoint(place, without=["file_times", "file_contents"])
     change_one_pixel(place)
-    assert CHANGED in message_of_failure(["--resume", "run"], capsys)
+    train.main(["--resume", "run"])
+    assert "make sure that they are the same" in capsys.readouterr().out
+
+
+# What goes with --resume
+
+def test_data_that_has_moved_is_found_with_data(place, capsys):
+    (place / "data").rename(place / "elsewhere")
+    assert f"{place / 'data'}/train/images: no such folder" in message_of_failure(["--resume", "run"], capsys)
+    train.main(["--resume", "run", "--data", "elsewhere"])
+    config = json.loads((place / "run/metrics.json").read_text())["config"]
+    assert config["data"] == str(place / "elsewhere")
+
+
+def test_a_copy_of_the_data_is_found_and_other_data_is_one_line(place, capsys):
+    shutil.copytree(place / "data", place / "copy", copy_function=shutil.copy)  # with new times
+    train.main(["--resume", "run", "--data=copy"])
+    change_one_pixel(place)
+    said = message_of_failure(["--resume", "run", "--data", "data"], capsys)
+    assert f"{place / 'data'}: {CHANGED}" in said
+
+
+def test_another_number_of_workers_and_of_processes_for_each_image_goes_with_resume(place, monkeypatch):
+    parser = make_parser("")
+    parser.add_argument("--resume")
+    monkeypatch.setattr(processes, "world_size", lambda: 4)
+    monkeypatch.setattr(processes, "gpus_each", lambda: 3)
+    config, _, _ = prepare_run(["--resume", "run", "--image-processes", "2", "--workers=1"], parser)
+    assert config["image_processes"] == 2
+    assert config["workers"] == 1
+    assert config["gpus"] == 2  # of the four tiles, each of the two processes has two
+
+
+@pytest.mark.parametrize("options, message", [
+    ("--epochs 3", "give it alone, or with --data, --workers, --image-processes, but without --epochs"),
+    ("--workers 0 --lr=1", "but without --lr"),
+    ("--workers -1", "--workers: '-1' is not a number of 0 to 1048576"),
+    ("--image-processes 5", "--image-processes 5, but --grid 2x2 has only 4 tiles: take fewer processes"),
+    ("--image-processes 2", "torchrun has started 1, which is not a multiple of it"),
+    ("--data nowhere", "nowhere/train/images: no such folder"),
+])
+def test_what_does_not_go_with_resume_is_one_line(options, message, place, capsys):
+    before = (place / "run/last.pt").read_bytes()
+    assert message in message_of_failure(["--resume", "run", *options.split()], capsys)
+    assert (place / "run/last.pt").read_bytes() == before
+
+
+def test_a_run_on_synthetic_images_takes_no_data(tmp_path, capsys):
+    train.main([*"--width 2 --depth 1 --comm-channels 0 --train-images 8 --epochs 0 --out".split(), str(tmp_path / "run")])
+    said = message_of_failure(["--resume", str(tmp_path / "run"), "--data", str(tmp_path)], capsys)
+    assert "the images of this run are synthetic; leave --data out" in said
+
+
+# The smallest image
+
+def test_an_image_with_fewer_cells_than_processes_is_one_line_before_training(place, monkeypatch, capsys):
+    monkeypatch.setattr(processes, "world_size", lambda: 4)
+    for split in ("val", "test"):
+        make_folder(place / "data", 1, size=(2, 3), channels=1, splits=[split])
+    options = [*TINY, str(place / "data"), "--out", "new", "--image-processes"]
+    said = message_of_failure([*options, "4"], capsys)
+    assert "0.png: 2x3 pixels, 2 cells of 2x2, cannot be cut into a tile for each" in said
+    assert "of --image-processes 4; take at most 2" in said
+    assert not (place / "new").exists()
+
+
+def test_the_smallest_image_is_that_with_the_fewest_cells_of_all_that_are_cut():
+    sizes = {"train": {(8, 8): Path("a.png")}, "val": {(4, 6): Path("b.png"), (3, 9): Path("c.png")}}
+    assert smallest({"depth": 1, "crop": None}, sizes) == ("b.png", 4, 6)
+    assert smallest({"depth": 1, "crop": (2, 4)}, sizes) == ("--crop", 2, 4)
+    assert smallest({"depth": 2, "crop": None}, sizes) == ("b.png", 4, 6)  # 1 x 2 cells of 4x4; c.png is 1 x 3
+
+
+def test_the_smallest_image_is_compared_with_another_number_of_processes_when_a_run_goes_on(place, monkeypatch, capsys):
+    monkeypatch.setattr(processes, "world_size", lambda: 4)
+    change_checkpoint(place, smallest_image=("tiny.png", 2, 3))
+    said = message_of_failure(["--resume", "run", "--image-processes", "4"], capsys)
+    assert "tiny.png: 2x3 pixels, 2 cells of 2x2" in said
 
 
 # What stands for the files

@@ -515,11 +515,12 @@ def surveyed(tmp_path):
     return survey(folders, None)
 
 
-def test_the_survey_tells_channels_and_classes_and_the_sizes_of_the_training_images(surveyed):
+def test_the_survey_tells_channels_and_classes_and_the_sizes_of_each_split(surveyed):
     known, sizes = surveyed
     assert known["channels"] == 3
     assert known["classes"] == ["class 0", "class 1", "class 2"]
-    assert list(sizes) == [(16, 24)]
+    assert list(sizes["train"]) == [(16, 24)]
+    assert list(sizes["val"]) == list(sizes["test"]) == [(20, 16)]
 
 
 def test_the_survey_tells_the_statistics_of_the_training_images(surveyed, tmp_path):

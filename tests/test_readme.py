@@ -102,7 +102,16 @@ def test_the_first_command_runs_as_a_program_of_its_own(tmp_path):
     assert "4 GPUs asked for" in result.stdout
 
 
-@pytest.mark.parametrize("command", commands_of("python train.py"))
+TRAINING = commands_of("python train.py")
+
+
+@pytest.mark.parametrize("command", [line for line in TRAINING if "--resume" in line])
+def test_every_command_that_resumes_runs(command, place, capsys):
+    run(command, place)
+    assert "1 of 1 epochs are done" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", [line for line in TRAINING if "--resume" not in line])
 def test_every_training_command_runs(command, place, tmp_path):
     smaller = []
     if "--data " not in command:
