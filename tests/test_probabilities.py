@@ -49,10 +49,17 @@ def keep_logits(i, logits):
 def probabilities_by_hand(checkpoint, image, grid):
     """(L,H,W) in float32 of a grey image (H,W)."""
     model, config = load_model(checkpoint)
+    images = torch.from_numpy(image)[None, None]
     tiling = build_tiling(config, image.shape, grid)
     with torch.no_grad():
-        tiles = train.run_tiles(model, torch.from_numpy(image)[None, None], tiling, CPU, config, keep_logits)
-    return tiling.stitch(tiles)[0].float().softmax(dim=0).numpy()
+        tiles = train.run_tiles(model, images, tiling, CPU, config, keep_logits)
+    logits = tiling.stitch(tiles)[0]
+    return logits.float().softmax(dim=0).numpy()
+
+
+def ask(network, image, out, *options) -> int:
+    """The exit status of predict.py --probabilities."""
+    return run(network, image, "--probabilities", *options, "--out", out)
 
 
 # What is written
@@ -63,7 +70,7 @@ def test_probabilities_are_what_the_network_says(suffix, overlap, tmp_path):
     network = make_network(tmp_path / "best.pt", contrast=100, overlap=overlap)
     image = random_image((70, 133), channels=1)
     path = save(tmp_path / f"a{suffix}", image)
-    assert run(network, path, "--probabilities", "--grid", "3x2", "--out", tmp_path / "out") == 0
+    assert ask(network, path, tmp_path / "out", "--grid", "3x2") == 0
     probabilities = np.load(tmp_path / "out/a-probabilities.npy")
     assert probabilities.dtype == np.float16
     expected = probabilities_by_hand(network, image, grid=(3, 2))
@@ -74,7 +81,8 @@ def test_probabilities_are_what_the_network_says(suffix, overlap, tmp_path):
 def test_probabilities_are_those_of_bfloat16_in_more_digits(tmp_path):
     network = make_network(tmp_path / "best.pt", contrast=100, amp=True)
     image = random_image((32, 32), channels=1)
-    run(network, save(tmp_path / "a.png", image), "--probabilities", "--out", tmp_path / "out")
+    path = save(tmp_path / "a.png", image)
+    ask(network, path, tmp_path / "out")
     probabilities = np.load(tmp_path / "out/a-probabilities.npy")
     expected = probabilities_by_hand(network, image, grid=(2, 2))
     np.testing.assert_allclose(probabilities, expected, rtol=0, atol=ROUNDING)
@@ -84,19 +92,21 @@ def test_probabilities_are_those_of_bfloat16_in_more_digits(tmp_path):
 def test_the_largest_probability_is_that_of_the_mask_and_all_add_up_to_1(name, request, tmp_path):
     network = request.getfixturevalue(name)
     path = save(tmp_path / "a.png", random_image((70, 133), channels=1))
-    run(network, path, "--probabilities", "--grid", "3x2", "--out", tmp_path / "out")
+    ask(network, path, tmp_path / "out", "--grid", "3x2")
     probabilities = np.load(tmp_path / "out/a-probabilities.npy")
     mask = read_picture(tmp_path / "out/a.png")
     assert len(np.unique(mask)) == 3
     assert np.array_equal(probabilities.argmax(axis=0), mask)
-    np.testing.assert_allclose(probabilities.astype(np.float32).sum(axis=0), 1, rtol=0, atol=2 * ROUNDING)
+    total = probabilities.astype(np.float32).sum(axis=0)
+    np.testing.assert_allclose(total, 1, rtol=0, atol=2 * ROUNDING)
 
 
 def test_the_mask_is_the_same_with_probabilities_and_without(undecided, tmp_path):
     path = save(tmp_path / "a.png", random_image((32, 32), channels=1))
-    run(undecided, path, "--probabilities", "--out", tmp_path / "with")
+    ask(undecided, path, tmp_path / "with")
     run(undecided, path, "--out", tmp_path / "without")
-    assert np.array_equal(read_picture(tmp_path / "with/a.png"), read_picture(tmp_path / "without/a.png"))
+    mask = read_picture(tmp_path / "with/a.png")
+    assert np.array_equal(mask, read_picture(tmp_path / "without/a.png"))
     assert files_below(tmp_path / "without") == {"a.png", "a-overlay.png"}
 
 
@@ -150,7 +160,7 @@ def test_probabilities_are_written_tile_by_tile_from_any_number_of_devices(devic
 def test_probabilities_that_are_there_are_not_replaced(certain, tmp_path, capsys):
     path = save_black(tmp_path / "a.png")
     there = save(tmp_path / "out/a-probabilities.npy", np.ones(3))
-    assert run(certain, path, "--probabilities", "--out", tmp_path / "out") == 2
+    assert ask(certain, path, tmp_path / "out") == 2
     assert "a-probabilities.npy: is there already; take another --out" in capsys.readouterr().err
     assert np.array_equal(np.load(there), np.ones(3))
     assert files_below(tmp_path / "out") == {"a-probabilities.npy"}
@@ -173,7 +183,7 @@ def test_a_disk_without_space_is_named_before_anything_is_written(certain, tmp_p
 
     monkeypatch.setattr(shutil, "disk_usage", almost_full)
     path = save_black(tmp_path / "a.png", size=(600, 600))
-    assert run(certain, path, "--probabilities", "--out", tmp_path / "out") == 2
+    assert ask(certain, path, tmp_path / "out") == 2
     said = capsys.readouterr().err
     assert "a-probabilities.npy needs 2 MiB, but the disk has only 1; make space, or name another --out" in said
     assert files_below(tmp_path / "out") == set()
@@ -183,5 +193,5 @@ def test_two_images_do_not_write_to_the_same_probabilities(certain, tmp_path, ca
     save_black(tmp_path / "scans/a.png")
     save_black(tmp_path / "scans/a-probabilities.npy")
     assert run(certain, tmp_path / "scans", "--out", tmp_path / "without") == 0
-    assert run(certain, tmp_path / "scans", "--probabilities", "--out", tmp_path / "with") == 2
+    assert ask(certain, tmp_path / "scans", tmp_path / "with") == 2
     assert f"would both be written to {tmp_path / 'with/a-probabilities.npy'}" in capsys.readouterr().err
