@@ -9,7 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from decompose import Tiling
-from support.image_files import without_outliers
+from support.image_files import is_finite, without_outliers
 
 matplotlib.use("Agg")  # draws into files and needs no screen
 import matplotlib.pyplot as plt
@@ -159,13 +159,15 @@ def visible(image: np.ndarray) -> np.ndarray:
     if image.dtype == np.uint8:
         smallest, largest = 0, 255
     else:
-        values = np.unique(image[np.isfinite(image)])
-        smallest, largest = without_outliers(values.astype(float)) if len(values) else (0, 0)
+        finite = is_finite(image)
+        values = np.unique(image[finite]).astype(float)
+        smallest, largest = without_outliers(values) if len(values) > 0 else (0, 0)
+        image = np.where(finite, image, smallest)
     span = largest - smallest
     if span == 0:
         span = 1
     image = (image.astype(np.float32) - smallest) / span
-    return np.nan_to_num(image).clip(0, 1).transpose(1, 2, 0)
+    return image.clip(0, 1).transpose(1, 2, 0)
 
 
 def save(figure, path: Path):

@@ -829,6 +829,14 @@ def test_nothing_is_said_where_every_split_has_every_class(tmp_path, capsys):
     assert capsys.readouterr().out == ""
 
 
+def test_that_deepglobe_has_no_pixel_of_unknown_is_not_said(tmp_path, capsys):
+    make_deepglobe(tmp_path, ["a", "b", "c"])
+    folders = image_folder.open_folder(tmp_path, deepglobe=True, seed=0)
+    known, _ = survey(folders, list(image_files.DEEPGLOBE))
+    assert known["class_pixels"][6] == 0
+    assert "unknown" not in capsys.readouterr().out
+
+
 def test_a_gap_between_the_numbers_of_the_classes_is_named(folder_without_names, capsys):
     values = [0, 100, 200, 0, 100, 200]
     for i, value in enumerate(values):

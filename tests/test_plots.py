@@ -26,9 +26,10 @@ def test_pictures_of_any_shape_fill_their_rows(height, width, tmp_path):
     assert black.mean() > 0.6
 
 
-@pytest.mark.parametrize("missing", [np.nan, -np.inf, -9999])
+@pytest.mark.parametrize("missing", [np.nan, -np.inf, -9999, -1e300])
+@pytest.mark.filterwarnings("error")
 def test_pixels_without_data_are_black_and_leave_the_others_their_grey(missing):
-    image = np.array([[[missing, 2.0, 3.0, 4.0]]], np.float32)
+    image = np.array([[[missing, 2.0, 3.0, 4.0]]])
     np.testing.assert_allclose(plots.visible(image)[0, :, 0], [0, 0, 0.5, 1])
 
 
