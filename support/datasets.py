@@ -110,7 +110,7 @@ def check_alike(config: dict, progress: Callable):
             raise changed(config)
     print(f"{config['data']}: the run is of an earlier version, which did not keep by what to know its images again; make sure "
           "that they are the same")
-    for name in ("file_times", "file_contents", "smallest_image"):
+    for name in ("file_times", "file_contents", "smallest_image", "not_in_val"):
         config[name] = found[name]
 
 

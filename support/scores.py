@@ -64,7 +64,7 @@ def mean_iou(counts: Tensor) -> float:
 def scores(counts: Tensor, classes: list[str]) -> dict:
     """(2,L,L) counts -> IoU of all pixels, and mean IoU of those near seams and of those away from them.
 
-    And the classes that the true masks lack, of which the scores say nothing, and those that are never predicted.
+    And how many pixels of each class there are in the true masks and in the predicted ones.
     """
     away, near = counts
     everywhere = away + near
@@ -72,18 +72,9 @@ def scores(counts: Tensor, classes: list[str]) -> dict:
         "mean_iou": mean_iou(everywhere),
         "iou": dict(zip(classes, iou(everywhere).tolist())),
         "seam": {"mean_iou_border": mean_iou(near), "mean_iou_interior": mean_iou(away)},
-        "not_in_masks": names_without(everywhere.sum(dim=1), classes),
-        "never_predicted": names_without(everywhere.sum(dim=0), classes),
+        "true_pixels": dict(zip(classes, everywhere.sum(dim=1).tolist())),
+        "predicted_pixels": dict(zip(classes, everywhere.sum(dim=0).tolist())),
     }
-
-
-def names_without(pixels: Tensor, classes: list[str]) -> list[str]:
-    """The names of the classes that have no pixel. pixels: (L,)."""
-    names = []
-    for name, number in zip(classes, pixels.tolist()):
-        if number == 0:
-            names.append(name)
-    return names
 
 
 def remarks(found: dict, config: dict) -> list[str]:
@@ -93,9 +84,9 @@ def remarks(found: dict, config: dict) -> list[str]:
     for name, pixels in zip(config["classes"], pixels_learned):
         if pixels == 0:
             continue
-        if name in found["not_in_masks"]:
+        if found["true_pixels"][name] == 0:
             absent.append(name)
-        elif name in found["never_predicted"]:
+        elif found["predicted_pixels"][name] == 0:
             missed.append(name)
     lines = []
     if absent:

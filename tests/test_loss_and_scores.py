@@ -137,8 +137,8 @@ def test_a_class_that_is_predicted_but_never_true_is_a_miss_for_the_true_one_and
 def test_classes_that_the_scores_cannot_see_and_those_that_are_never_predicted_are_named():
     counts = count(predicted=[0, 1, 0], mask=[0, 0, 2])
     found = scores(torch.stack([counts, counts]), ["ground", "water", "house"])
-    assert found["not_in_masks"] == ["water"]
-    assert found["never_predicted"] == ["house"]
+    assert found["true_pixels"] == {"ground": 4, "water": 0, "house": 2}  # half of them away from seams
+    assert found["predicted_pixels"] == {"ground": 4, "water": 2, "house": 0}
     absent, missed = remarks(found, {"classes": ["ground", "water", "house"]})
     assert absent == "the true masks hold no water, so the mean IoU says nothing about that"
     assert missed.startswith("never predicted, although the true masks hold it: house")
