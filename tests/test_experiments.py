@@ -141,7 +141,9 @@ def test_processes_exchange_their_gradients_once_and_the_sums_of_the_loss(folder
     assert of_one_image["bytes_sent"] - of_one_image["bytes_of_weights"] == 32 + 2 * coarse_map + statistics
 
 
-def test_a_step_on_paper_is_told_for_each_number_of_gpus(folder):
+def test_a_step_on_paper_is_told_for_each_number_of_gpus(folder, monkeypatch):
+    smaller = "--width 2 --depth 1 --comm-channels 2 --batch-size 1 --recompute --amp"
+    monkeypatch.setattr(simulation, "NETWORK", smaller.split())
     simulation.main(["--quick"])
     lines = (folder / "runs/simulation-quick/simulation.md").read_text().splitlines()
     gpus = [line.split("|")[2].strip() for line in lines]
@@ -234,9 +236,13 @@ def one_gpu(monkeypatch):
     def three_gib(device):
         return 3 * 2**30
 
+    def name(device):
+        return "a GPU"
+
     monkeypatch.setattr(memory, "GPUS", 1)
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", nothing)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", three_gib)
+    monkeypatch.setattr(torch.cuda, "get_device_name", name)
     monkeypatch.setattr(gc, "collect", nothing)  # slow in a process that has run many tests
 
 

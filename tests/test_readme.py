@@ -5,6 +5,7 @@ If you change a command, an example, a file's length or its name, one of these t
 
 import os
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -130,13 +131,20 @@ def test_every_prediction_command_runs(command, place, tmp_path):
 
 
 @pytest.mark.parametrize("command", [line for line in COMMANDS if "python -m experiments" in line or "python plan" in line])
-def test_every_other_command_is_understood(command):
+def test_every_other_command_is_understood(command, monkeypatch, capsys):
+    """In this process, as to start a program takes longer."""
     words = shlex.split(command)
-    words[:words.index("python") + 1] = [sys.executable]  # without the variables in front of it
-    result = subprocess.run([*words, "--help"], cwd=ROOT, capture_output=True, text=True)
-    assert result.returncode == 0 and "usage:" in result.stdout, result.stderr
+    words = words[words.index("python") + 1:]  # without the variables in front of it
+    monkeypatch.setattr(sys, "argv", [*words, "--help"])
+    with pytest.raises(SystemExit) as ended:
+        if words[0] == "-m":
+            monkeypatch.setattr(sys, "argv", sys.argv[1:])
+            runpy.run_module(words[1], run_name="__main__")
+        else:
+            runpy.run_path(str(ROOT / words[0]), run_name="__main__")
+    assert ended.value.code == 0
     asked = set(re.findall(r"--[a-z-]+", command))
-    known = set(re.findall(r"--[a-z-]+", result.stdout))
+    known = set(re.findall(r"--[a-z-]+", capsys.readouterr().out))
     assert asked <= known
 
 
@@ -147,29 +155,31 @@ def test_ci_runs_the_test_command_of_the_readme():
 
 # Examples
 
-def run_example(code: str, folder, path: str):
+@pytest.mark.parametrize("number", range(len(EXAMPLES)))
+def test_every_example_runs(number, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    exec(EXAMPLES[number], {})
+
+
+def run_alone(code: str, folder):
+    """In a program of its own, for which there are no other files than those in the folder."""
     (folder / "example.py").write_text(code)
-    environment = {**os.environ, "PYTHONPATH": path}
+    environment = {**os.environ, "PYTHONPATH": ""}
     result = subprocess.run([sys.executable, "example.py"], cwd=folder, capture_output=True, text=True, env=environment)
     assert result.returncode == 0, result.stderr
-
-
-@pytest.mark.parametrize("number", range(len(EXAMPLES)))
-def test_every_example_runs(number, tmp_path):
-    run_example(EXAMPLES[number], tmp_path, path=str(ROOT))
 
 
 @pytest.mark.parametrize("name", ALONE)
 def test_a_file_that_stands_alone_works_in_an_empty_folder(name, tmp_path):
     (tmp_path / name).write_text((ROOT / name).read_text())
     module = name.removesuffix(".py")
-    run_example(f"import {module}", tmp_path, path="")
+    run_alone(f"import {module}", tmp_path)
 
 
 def test_the_example_of_decompose_needs_no_other_file(tmp_path):
     (example,) = [code for code in EXAMPLES if "class Encoder" in code]
     (tmp_path / "decompose.py").write_text((ROOT / "decompose.py").read_text())
-    run_example(example, tmp_path, path="")
+    run_alone(example, tmp_path)
 
 
 # Names, lengths and links
