@@ -26,7 +26,7 @@ from decompose import DecomposedUNet, Tiling, to_device
 from support import processes
 from support.command import one_line_errors, prepare_run
 from support.datasets import build_datasets
-from support.image_files import normalise
+from support.values import normalise
 from support.loaders import ignore_surplus_images, make_loaders
 from support.loss import IGNORE, loss_from_sums, loss_sums, number_of_sums
 from support.model import build_from_config

@@ -25,7 +25,7 @@ from experiments.common import (CPU_OR_GPUS, MODELS, append_rows, bar_spread, co
                                 make_parser, mean_and_spread, read_rows, save_table, trained, where)
 from support import plots
 from support.datasets import build_datasets
-from support.image_files import DEEPGLOBE
+from support.mask_files import DEEPGLOBE
 from support.loaders import collate
 
 NETWORK = "--width 32 --depth 4 --comm-channels 64 --dropout 0.1 --grid 2x2".split()

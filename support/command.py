@@ -135,7 +135,8 @@ def one_line_errors(parser: argparse.ArgumentParser, config: dict | None = None,
     except KeyboardInterrupt:
         go_on = "nothing is lost"
         if out is not None and (out / "last.pt").exists():
-            go_on = f"go on with: python train.py --resume {shlex.quote(str(out))}"
+            program = "torchrun ... train.py" if processes.world_size() > 1 else "python train.py"
+            go_on = f"go on with: {program} --resume {shlex.quote(str(out))}"
         parser.exit(130, f"\nstopped; {go_on}\n" if processes.is_first() else None)
     except Diverged as error:
         parser.error(f"{error}: the likely cause is --lr {config['lr']}, take a smaller one; {out} holds what was saved "

@@ -5,7 +5,7 @@
     DIR/classes.txt              names of the classes, one a line; without it they are numbered
 
 Without val or test, a tenth of the training pairs, drawn by the seed, stands in; or, where there are only one or two, a
-tenth of their rows. Which files can be read tells image_files.py. Letters as in decompose.py.
+tenth of their rows. Which files can be read tell image_files.py and mask_files.py. Letters as in decompose.py.
 """
 
 import functools
@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from support.image_files import DEEPGLOBE, PICTURES, DataError, read_deepglobe_mask, read_image, read_mask
+from support.image_files import PICTURES, DataError, read_image
+from support.mask_files import DEEPGLOBE, read_deepglobe_mask, read_mask
 from support.loss import IGNORE
 
 SPLITS = ("train", "val", "test")

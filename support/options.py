@@ -172,7 +172,8 @@ def changes_of_run(words: list[str], config: dict, parser: Parser) -> dict:
             changes[name] = config[name]
         elif option.startswith("-") and option != "--resume":
             parser.error("--resume goes on with the options of the run; give it alone, or with "
-                         f"{', '.join(WITH_RESUME)}, but without {option}")
+                         f"{', '.join(WITH_RESUME)}, but without {option}; to train longer or otherwise, begin a new run "
+                         "with its weights: --init RUN/best.pt")
     return changes
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from decompose import Tiling
-from support.image_files import is_finite, without_outliers
+from support.values import is_finite, without_outliers
 
 matplotlib.use("Agg")  # draws into files and needs no screen
 import matplotlib.pyplot as plt

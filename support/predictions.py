@@ -25,8 +25,9 @@ from torch import Tensor
 from decompose import Box
 from support import plots
 from support.checkpoints import atomic_write
-from support.image_files import (PICTURES, DataError, Extremes, blocks, classes_in, count_pixels, drawn_in_white, is_finite,
-                                 range_remark, read_deepglobe_mask, read_mask, single_class)
+from support.image_files import PICTURES, DataError, blocks
+from support.mask_files import classes_in, count_pixels, drawn_in_white, read_deepglobe_mask, read_mask, single_class
+from support.values import Extremes, is_finite, range_remark
 from support.image_folder import UNREADABLE, find_files, name_of
 from support.loss import IGNORE
 

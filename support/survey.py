@@ -11,8 +11,9 @@ import torch
 from torch.utils.data import Dataset
 
 from support.identity import checksum, contents_of
-from support.image_files import (DEEPGLOBE, DataError, Extremes, classes_in, count_pixels, counted_pixels, drawn_in_white,
-                                 has_transparency, mask_colors, range_remark, read_mask, single_class, white, without_outliers)
+from support.image_files import DataError, has_transparency
+from support.mask_files import DEEPGLOBE, classes_in, count_pixels, drawn_in_white, mask_colors, read_mask, single_class
+from support.values import Extremes, counted_pixels, range_remark, white, without_outliers
 from support.image_folder import ImageFolder, check_same_size, say_once
 from support.loaders import Loader
 from support.loss import IGNORE

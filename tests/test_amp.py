@@ -8,7 +8,7 @@ from conftest import CONFIG, CPU, assert_all_close, gradients_of, random_batch
 import train
 from decompose import Tiling
 from support import options
-from support.image_files import normalise
+from support.values import normalise
 from support.loss import loss_sums
 from support.memory import LiveMemory
 from support.model import build_from_config

@@ -13,7 +13,7 @@ import torch
 from PIL import Image, ImageFilter
 
 import train
-from support import image_files, image_folder
+from support import image_files, image_folder, mask_files, values
 from support.image_folder import ImageFolder
 from support.survey import survey
 
@@ -92,7 +92,7 @@ def make_folder(root, pairs=12, size=(16, 24), channels=3, splits=("train",), cl
 
 def make_deepglobe(root, names, size=(24, 32)):
     """DeepGlobe's layout, with colours that are not pure. Returns the masks as indices, where unknown is 255."""
-    colors = 255 * np.array(list(image_files.DEEPGLOBE.values()))
+    colors = 255 * np.array(list(mask_files.DEEPGLOBE.values()))
     masks = {}
     for name in names:
         index = RNG.integers(0, 7, size)
@@ -219,18 +219,18 @@ def test_a_picture_that_needs_no_change_is_not_copied(array, tmp_path, monkeypat
 @pytest.mark.parametrize("suffix", [".png", ".tif"])
 def test_a_mask_with_red_green_and_blue_all_equal_is_grey(suffix, channels, tmp_path):
     path = save(tmp_path / f"mask{suffix}", np.dstack(channels))
-    assert np.array_equal(image_files.read_mask(path), MASK)
+    assert np.array_equal(mask_files.read_mask(path), MASK)
 
 
 def test_a_grey_mask_with_the_same_transparency_everywhere_is_grey(tmp_path):
     path = save(tmp_path / "mask.png", MASK, "LA")
-    assert np.array_equal(image_files.read_mask(path), MASK)
+    assert np.array_equal(mask_files.read_mask(path), MASK)
 
 
 @pytest.mark.parametrize("shape", [(12, 20, 1), (1, 12, 20)])
 def test_a_mask_in_an_array_of_one_channel_has_none(shape, tmp_path):
     path = save(tmp_path / "mask.npy", MASK.reshape(shape))
-    assert np.array_equal(image_files.read_mask(path), MASK)
+    assert np.array_equal(mask_files.read_mask(path), MASK)
 
 
 @pytest.mark.parametrize("palette", [False, True])
@@ -243,57 +243,57 @@ def test_a_mask_of_few_bits_is_the_indices_that_were_saved(bits, classes, palett
         picture.save(tmp_path / "mask.png", bits=bits)
     else:
         save_grey_png(tmp_path / "mask.png", mask, bits)
-    assert np.array_equal(image_files.read_mask(tmp_path / "mask.png"), mask)
+    assert np.array_equal(mask_files.read_mask(tmp_path / "mask.png"), mask)
 
 
 @pytest.mark.parametrize("suffix", [".png", ".tif"])
 def test_a_mask_of_one_bit_is_0_and_1(suffix, tmp_path):
     path = save(tmp_path / f"mask{suffix}", MASK > 0)
-    assert np.array_equal(image_files.read_mask(path), MASK > 0)
+    assert np.array_equal(mask_files.read_mask(path), MASK > 0)
 
 
 @pytest.mark.parametrize("mode", [None, "P"])
 def test_a_png_mask_is_the_indices_that_were_saved(mode, tmp_path):
     path = save(tmp_path / "mask.png", MASK, mode)
-    assert np.array_equal(image_files.read_mask(path), MASK)
+    assert np.array_equal(mask_files.read_mask(path), MASK)
 
 
 @pytest.mark.parametrize("kind", [np.uint8, np.int64, ">i4"])
 def test_a_mask_in_an_array_is_the_indices_that_were_saved(kind, tmp_path):
     path = save(tmp_path / "mask.npy", MASK.astype(kind))
-    assert np.array_equal(image_files.read_mask(path), MASK)
+    assert np.array_equal(mask_files.read_mask(path), MASK)
 
 
 def test_a_mask_in_a_jpeg_of_several_pictures_is_named(tmp_path):
     picture = Image.fromarray(MASK)
     picture.save(tmp_path / "mask.jpg", format="MPO", save_all=True, append_images=[picture])
     with pytest.raises(image_files.DataError, match="JPEG changes the values of a mask"):
-        image_files.read_mask(tmp_path / "mask.jpg")
+        mask_files.read_mask(tmp_path / "mask.jpg")
 
 
 def test_the_palette_of_a_mask_is_not_its_classes(tmp_path):
     picture = Image.fromarray(MASK)
     picture.putpalette([200, 10, 10, 10, 200, 10, 10, 10, 200])
     picture.save(tmp_path / "mask.png")
-    assert np.array_equal(image_files.read_mask(tmp_path / "mask.png"), MASK)
+    assert np.array_equal(mask_files.read_mask(tmp_path / "mask.png"), MASK)
 
 
 def test_deepglobe_colours_are_cut_at_128(tmp_path):
     masks = make_deepglobe(tmp_path, ["1"])
-    mask = image_files.read_deepglobe_mask(tmp_path / "train/1_mask.png")
+    mask = mask_files.read_deepglobe_mask(tmp_path / "train/1_mask.png")
     assert np.array_equal(mask, masks["1"])
 
 
 def test_a_colour_that_deepglobe_does_not_know_does_not_count(tmp_path):
     red = np.full((2, 2, 3), (200, 90, 90), np.uint8)
-    mask = image_files.read_deepglobe_mask(save(tmp_path / "red.png", red))
+    mask = mask_files.read_deepglobe_mask(save(tmp_path / "red.png", red))
     assert (mask == 255).all()
 
 
 def test_a_grey_mask_is_none_of_deepglobe(tmp_path):
     path = save(tmp_path / "grey.png", MASK)
     with pytest.raises(image_files.DataError, match="for class indices take --dataset folder"):
-        image_files.read_deepglobe_mask(path)
+        mask_files.read_deepglobe_mask(path)
 
 
 # Arrays larger than the memory
@@ -616,7 +616,7 @@ def test_an_image_that_cannot_be_used_is_named(suffix, image, message, folder, c
 def test_a_pgm_whose_values_pillow_changes_is_named(content, tmp_path):
     (tmp_path / "mask.pgm").write_bytes(content)
     with pytest.raises(image_files.DataError, match="which Pillow scales; save it as PNG or .npy"):
-        image_files.read_mask(tmp_path / "mask.pgm")
+        mask_files.read_mask(tmp_path / "mask.pgm")
 
 
 # Each of these does something to an image, its mask or their folder.
@@ -832,7 +832,7 @@ def test_nothing_is_said_where_every_split_has_every_class(tmp_path, capsys):
 def test_that_deepglobe_has_no_pixel_of_unknown_is_not_said(tmp_path, capsys):
     make_deepglobe(tmp_path, ["a", "b", "c"])
     folders = image_folder.open_folder(tmp_path, deepglobe=True, seed=0)
-    known, _ = survey(folders, list(image_files.DEEPGLOBE))
+    known, _ = survey(folders, list(mask_files.DEEPGLOBE))
     assert known["class_pixels"][6] == 0
     assert "unknown" not in capsys.readouterr().out
 
@@ -880,7 +880,7 @@ def test_a_mask_with_the_values_of_interpolation_or_jpeg_is_named(spoil, classes
     mask = np.minimum(DISC, object_value)
     spoilt = np.array(spoil(mask))
     with pytest.raises(image_files.DataError, match="different values form lines one pixel wide, as after resizing with"):
-        image_files.count_pixels(spoilt, tmp_path / "mask.png", classes)
+        mask_files.count_pixels(spoilt, tmp_path / "mask.png", classes)
 
 
 def regions(classes):
@@ -920,7 +920,7 @@ def stripes(classes):
 @pytest.mark.parametrize("make", [regions, regions_on_a_background, all_classes_in_the_first_row, noise, stripes])
 def test_a_mask_of_150_classes_is_taken(make, tmp_path):
     for mask in (make(150), make(150)[::3, ::3]):  # every third pixel, as after resizing with nearest neighbour
-        found = image_files.classes_in(image_files.count_pixels(mask, tmp_path / "mask.png", 150))
+        found = mask_files.classes_in(mask_files.count_pixels(mask, tmp_path / "mask.png", 150))
         assert found == set(np.unique(mask).tolist())
 
 

@@ -10,7 +10,8 @@ from test_image_folder import COLOR, GREY, MASK, assert_refused, make_folder, re
 from test_predict import SMALL, read_picture, run
 
 import train
-from support.image_files import DataError, read_image, read_mask
+from support.image_files import DataError, read_image
+from support.mask_files import read_mask
 
 LONG = 4  # the type of a tag of 32 bits
 FORMAT = {"u": 1, "i": 2, "f": 3}
