@@ -176,11 +176,12 @@ def test_what_the_first_process_finds_is_told_to_all_and_if_it_fails_the_others_
 
 # A process that dies
 
-OPTIONS = "--width 2 --depth 2 --comm-channels 4 --train-images 64 --epochs 8 --batch-size 8 --dropout 0.1".split()
+OPTIONS = ("--width 2 --depth 2 --comm-channels 4 --train-images 64 --epochs 8 --batch-size 8 --dropout 0.1 "
+           "--image-processes 2").split()
 
 
 def start_torchrun(out) -> subprocess.Popen:
-    """Two processes of train.py, which torchrun starts again once."""
+    """Two processes of train.py that share each image. torchrun starts them again once."""
     command = [sys.executable, "-m", "torch.distributed.run"]
     command += "--standalone --nproc-per-node 2 --max-restarts 1".split()
     command += [str(ROOT / "train.py")] + OPTIONS + ["--out", str(out)]
@@ -227,6 +228,6 @@ def test_when_a_process_dies_torchrun_goes_on_once_and_the_second_time_all_end_a
     assert "ChildFailedError" in complained
     assert 3 <= len(epochs_done(out)) < 8
 
-    train.main(["--resume", str(out)])
+    train.main(["--resume", str(out), "--image-processes", "1"])
     assert epochs_done(out) == [1, 2, 3, 4, 5, 6, 7, 8]
     assert (out / "metrics.json").exists()
