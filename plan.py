@@ -236,7 +236,7 @@ def changes_that_save_memory(config: dict) -> Iterator[tuple[str, dict]]:
     if not config["recompute"]:
         changes.append(("--recompute", {"recompute": True}))
     for gpus in (2, 4, 8, 16, 32, 64):
-        if config["gpus"] < gpus <= rows * columns:
+        if config["gpus"] < gpus <= math.ceil(rows * columns / config["image_processes"]):
             changes.append((f"--gpus {gpus}", {"gpus": gpus}))
     for factor in (2, 4, 8, 16):
         grid = factor * rows, factor * columns
@@ -318,6 +318,14 @@ def describe_images(config: dict):
     config["std"] = [1.0] * config["channels"]
 
 
+def check_words(words: list[str], parser):
+    """With --run, the options are those of the run. One that is given beside it ends the program with one line."""
+    for word in words:
+        option, _, _ = word.partition("=")
+        if option.startswith("--") and option not in ("--run", "--memory"):
+            parser.error(f"--run takes the options of the run; leave {option} out")
+
+
 def main(arguments: list[str] | None = None):
     parser = make_parser("Predict the peak memory of each GPU in a training step of train.py, without a GPU.")
     parser.add_argument("--run", type=Path, help="folder of a run of train.py whose options are to be taken")
@@ -329,6 +337,7 @@ def main(arguments: list[str] | None = None):
     memory = config["memory"]
     with one_line_errors(parser):
         if config["run"]:
+            check_words(sys.argv[1:] if arguments is None else arguments, parser)
             config, _, _ = open_run(config["run"])
         else:
             describe_images(config)

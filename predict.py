@@ -27,7 +27,7 @@ from support.command import one_line_errors
 from support.image_files import DataError, read_image
 from support.model import load_model
 from support.options import Parser, explain, number, pair, show_progress
-from support.predictions import (Job, all_or_none, check_image, create_array, find_jobs, find_truths, read_truth,
+from support.predictions import (Job, all_or_none, check_image, check_space, create_array, find_jobs, find_truths, read_truth,
                                  round_probabilities, save_overlay, save_with_palette, write_tile)
 from support.scores import confusion, mean_iou, pixels_near_seam, remarks, scores
 from support.sizes import build_tiling
@@ -75,7 +75,12 @@ def predict(model: DecomposedUNet, config: dict, image: np.ndarray, job: Job, ti
     size = image.shape[:2]
     images = torch.from_numpy(image).permute(2, 0, 1)[None]
     is_array = job.written["mask"].suffix == ".npy"
+    pixels = size[0] * size[1]
     with all_or_none(job.written) as unfinished:
+        bytes_of_a_pixel = 1  # of the mask
+        if "probabilities" in unfinished:
+            bytes_of_a_pixel += 2 * len(config["classes"])
+        check_space(unfinished["mask"].parent, bytes_of_a_pixel * pixels)
         if is_array:
             mask = create_array(unfinished["mask"], np.uint8, size)
         else:

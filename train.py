@@ -252,6 +252,7 @@ def train(config: dict, devices: list, out: Path, state: dict | None = None) -> 
     if config["epochs"] == 0:  # the network as it was drawn
         run.keep_best(evaluate(model, loaders["val"], config, devices))
     run.load_best()
+    datasets["train"].epoch = config["epochs"]  # also where all epochs had been done before
     frozen = run.best_epoch() * steps_per_epoch > freeze_after
     metrics = {
         "test": evaluate(model, loaders["test"], config, devices),

@@ -8,12 +8,13 @@ from pathlib import Path
 
 from support import checkpoints, folders, processes
 from support.checkpoints import CheckpointError
-from support.datasets import check_unchanged, describe
+from support.datasets import build_datasets, check_unchanged, describe
 from support.image_files import DataError
 from support.loaders import WORKER_DIED, is_death_of_a_worker
 from support.model import load_model, weights_to_begin_with
 from support.options import check_network, explain, parse, show_progress
 from support.run import STATE, Diverged
+from support.sizes import check_sizes
 
 
 def prepare_run(arguments: list[str] | None, parser) -> tuple[dict, Path, dict | None]:
@@ -30,6 +31,7 @@ def prepare_run(arguments: list[str] | None, parser) -> tuple[dict, Path, dict |
         else:
             check_same(asked, config, out)
         check_processes(config)
+        check_sizes(config, {tuple(config["image_size"]): str(out)}, len(build_datasets(config)["train"]))
         check_unchanged(config, show_progress)
         print(f"{out}: {len(state['rows'])} of {config['epochs']} epochs are done")
         return config, out, state
@@ -120,7 +122,8 @@ def check_processes(config: dict):
     groups = started // each
     if config["batch_size"] < groups:
         raise DataError(f"--batch-size {config['batch_size']}: {groups} processes, or groups that share an image, need at "
-                        "least as many images")
+                        f"least as many images; let the processes share each image (--image-processes {started}), or take "
+                        "a larger --batch-size, for images of several sizes with --crop")
 
 
 @contextmanager

@@ -48,10 +48,7 @@ def find_files(folder: Path, ending: str = "") -> dict[str, Path]:
     left_out = Counter()
     for path in sorted(folder.iterdir()):
         suffix = path.suffix.lower()
-        if path.name.startswith("."):
-            continue
-        if path.is_dir():
-            say_once(f"{path}: a folder among images or masks is left out; move its files up, beside it")
+        if path.name.startswith(".") or path.is_dir():
             continue
         if suffix in UNREADABLE:
             raise DataError(f"{path}: only PNG, JPEG, TIFF and .npy can be read; convert it, or move it elsewhere")
@@ -68,6 +65,13 @@ def find_files(folder: Path, ending: str = "") -> dict[str, Path]:
         kinds = ", ".join(f"{count} {suffix}" for suffix, count in left_out.items())
         say_once(f"{folder}: files are left out as their kind is unknown ({kinds}); if they belong to it, convert them")
     return found
+
+
+def say_subfolders(folder: Path):
+    """A line for each folder among the images or masks of a split, as it is not looked into."""
+    for path in sorted(folder.iterdir()):
+        if path.is_dir() and not path.name.startswith("."):
+            say_once(f"{path}: a folder among images or masks is left out; move its files up, beside it")
 
 
 def name_of(path: Path, ending: str) -> str:
@@ -98,6 +102,8 @@ def find_pairs(root: Path, seed: int) -> dict[str, list[Pair]]:
         if name == "train" or folder.is_dir():
             pairs = match(find_files(folder / "images"), find_files(folder / "masks"), folder / "images")
             split[name] = list(pairs.values())
+            say_subfolders(folder / "images")
+            say_subfolders(folder / "masks")
     for path in sorted(root.iterdir()):
         if path.is_dir() and path not in folders and not path.name.startswith("."):
             say_once(f"{path}: is left out; what shall be used belongs in train, val or test")
@@ -233,6 +239,8 @@ class ImageFolder(Dataset):
             mask = mask[top:top + height, left:left + width]
         if self.augment:
             image, mask = flip_and_turn(image, mask, rng)
+        elif self.crop is not None:
+            image, mask = image.copy(), mask.copy()  # a worker would send all between its first and its last pixel
         mask = mask.astype(np.uint8, copy=False)
         return torch.from_numpy(image).permute(2, 0, 1), torch.from_numpy(mask)
 

@@ -60,36 +60,40 @@ def next_batch(batches: Iterator) -> tuple[Tensor, Tensor] | None:
 
 
 def is_death_of_a_worker(error: Exception) -> bool:
-    """PyTorch raises it wherever the program is at that moment, so perhaps in the middle of a training step."""
-    return "DataLoader worker" in str(error)
+    """PyTorch raises it wherever the program is at that moment, so perhaps in the middle of a training step. An error that
+    it caught in a worker, and raises again here, is another thing."""
+    return "DataLoader worker" in str(error) and "Caught" not in str(error)
 
 
 def make_loaders(datasets: dict[str, Dataset], config: dict, order: torch.Generator) -> dict[str, Loader]:
     """The batches of each split, for this process and the others of its group. order: shuffles the training images."""
     batch_size = config["batch_size"]
-    options = {"generator": order, "collate_fn": collate, "num_workers": number_of_workers(config, datasets["train"])}
+    options = {"generator": order, "collate_fn": collate}
     shuffled = RandomSampler(datasets["train"], generator=order)
     shares = processes.Shares(BatchSampler(shuffled, batch_size, drop_last=False))
-    loaders = {"train": Loader(datasets["train"], batch_sampler=shares, **options)}
+    workers = number_of_workers(config, datasets["train"])
+    loaders = {"train": Loader(datasets["train"], batch_sampler=shares, num_workers=workers, **options)}
     if config["dataset"] != "synthetic":
         batch_size = 1  # images to evaluate may have several sizes
     for split in ("val", "test"):
         images = datasets[split]
         mine = Subset(images, range(processes.group(), len(images), processes.groups()))
-        loaders[split] = Loader(mine, batch_size, **options)
+        workers = number_of_workers(config, images)
+        loaders[split] = Loader(mine, batch_size, num_workers=workers, **options)
     return loaders
 
 
 def number_of_workers(config: dict, dataset: Dataset) -> int:
-    """As --workers says. By default none for synthetic images, which are made in no time, and none for whole arrays, of
-    which only the tile at hand is read as long as no worker reads them. For pictures, one for each CPU core of this
-    process, but at most MOST_WORKERS."""
+    """None for whole arrays, of which only the tile at hand is read as long as no worker reads them. Else as --workers
+    says. By default none for synthetic images, which are made in no time. For pictures, and for windows of arrays, one for
+    each CPU core of this process, but at most MOST_WORKERS."""
+    if config["dataset"] != "synthetic":
+        first_image, _ = dataset.pairs[0]
+        if first_image.suffix.lower() == ".npy" and dataset.crop is None:
+            return 0
     if config["workers"] is not None:
         return config["workers"]
     if config["dataset"] == "synthetic":
-        return 0
-    first_image, _ = dataset.pairs[0]
-    if first_image.suffix.lower() == ".npy" and not config["crop"]:
         return 0
     return min(max(os.cpu_count() // processes.local_world_size(), 1), MOST_WORKERS)
 

@@ -63,7 +63,7 @@ def loss_from_sums(sums: Tensor, weights: Sequence[float] | None = None) -> Tens
     else:
         weights = torch.tensor(weights).to(sums)
         mean_dice = (weights * dice).sum() / weights.sum()
-    return 1 - mean_dice + cross_entropy / pixels.clamp(min=1e-6)  # 0 / 1e-6 where no pixel counts
+    return 1 - mean_dice + cross_entropy / pixels.where(pixels > 0, 1)  # 0 where no pixel counts
 
 
 def balanced_weights(pixels: Sequence[int]) -> list[float]:

@@ -95,7 +95,7 @@ def equal_bands(picture: Image.Image) -> np.ndarray | None:
     for band in bands[1:]:
         if not np.array_equal(first, band):
             return None
-    return first
+    return first.copy()  # that of Pillow cannot be written to, of which PyTorch warns
 
 
 def mask_colors(path: Path) -> list[tuple[int, int, int]]:

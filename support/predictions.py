@@ -9,7 +9,6 @@ So below --out the images keep the shape of their folders, seen from the innermo
 """
 
 import functools
-import math
 import os
 import shutil
 from collections.abc import Iterable, Iterator
@@ -92,7 +91,7 @@ def images_in(folder: Path, deepglobe: bool) -> list[Path]:
     if not images:
         raise DataError(f"{folder}: no image ({', '.join(PICTURES)}, .npy) in it or its subfolders; name another")
     if left_out:
-        print(f"{folder}: left out {len(left_out)} that are no PNG, JPEG or .npy, the first is {left_out[0].name}")
+        print(f"{folder}: files of other kinds are left out ({len(left_out)}, the first is {left_out[0].name})")
     if deepglobe:
         without_masks = [path for path in images if path.stem.endswith(IMAGE_ENDING)]
         return without_masks or images
@@ -242,16 +241,17 @@ def all_or_none(files: dict[str, Path]) -> Iterator[dict[str, Path]]:
         yield unfinished
 
 
-def create_array(path: Path, dtype: type, shape: tuple[int, ...]) -> np.ndarray:
-    """A new .npy file, mapped into memory: what is written to the array goes to the file, and need not stay in memory.
-
-    DataError: the disk has no space for it. To notice that while writing would be too late, as it ends the program.
-    """
-    needed = np.dtype(dtype).itemsize * math.prod(shape)
-    free = shutil.disk_usage(path.parent).free
+def check_space(folder: Path, needed: int):
+    """DataError: the disk of a folder has no space for so many bytes. To notice that only while they are written to mapped
+    files would be too late, as it ends the program."""
+    free = shutil.disk_usage(folder).free
     if needed > free:
-        raise DataError(f"{path.parent}: {path.name} needs {needed / 2**20:.0f} MiB, but the disk has only "
-                        f"{free / 2**20:.0f}; make space, or name another --out")
+        raise DataError(f"{folder}: needs {needed / 2**20:.0f} MiB, but the disk has only {free / 2**20:.0f}; make space, or "
+                        "name another --out")
+
+
+def create_array(path: Path, dtype: type, shape: tuple[int, ...]) -> np.ndarray:
+    """A new .npy file, mapped into memory: what is written to the array goes to the file, and need not stay in memory."""
     return np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
 
 

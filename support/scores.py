@@ -92,6 +92,6 @@ def remarks(found: dict, config: dict) -> list[str]:
     if absent:
         lines.append(f"the true masks hold no {' or '.join(absent)}, so the mean IoU says nothing about that")
     if missed:
-        lines.append(f"never predicted, although the true masks hold it: {', '.join(missed)}; more --epochs or "
-                     "--class-weights balanced may help")
+        lines.append(f"never predicted, although the true masks hold it: {', '.join(missed)}; to train with more --epochs "
+                     "or --class-weights balanced may help")
     return lines

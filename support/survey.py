@@ -40,10 +40,12 @@ class Statistics:
         self.pixels += other.pixels
 
     def mean_and_std(self) -> tuple[list[float], list[float]]:
-        """A standard deviation of 0 becomes 1, as it is divided by."""
+        """A standard deviation of 0 becomes 1, as it is divided by. Rounding leaves a little more than 0 of a variance."""
         mean = self.sums / self.pixels
-        std = np.sqrt((self.squares / self.pixels - np.square(mean)).clip(min=0))
-        return mean.tolist(), np.where(std > 0, std, 1).tolist()
+        square = self.squares / self.pixels
+        variance = square - np.square(mean)
+        constant = variance <= 1e-12 * square
+        return mean.tolist(), np.sqrt(np.where(constant, 1, variance)).tolist()
 
 
 # One pair

@@ -15,7 +15,7 @@ from PIL import Image, ImageFilter
 import train
 from support import image_files, image_folder, mask_files, values
 from support.image_folder import ImageFolder
-from support.survey import survey
+from support.survey import Statistics, survey
 
 RNG = np.random.default_rng(0)
 
@@ -386,7 +386,7 @@ def test_files_of_unknown_kinds_and_folders_among_the_images_are_left_out_and_na
     for name in ("a.png", "b.xcf", "c.xcf", "notes"):
         (tmp_path / name).touch()
     (tmp_path / "more.png").mkdir()
-    lines = said_by(image_folder.find_files, tmp_path)
+    lines = said_by(image_folder.say_subfolders, tmp_path) + said_by(image_folder.find_files, tmp_path)
     assert lines == [
         f"{tmp_path}/more.png: a folder among images or masks is left out; move its files up, beside it",
         f"{tmp_path}: files are left out as their kind is unknown (2 .xcf, 1 without a suffix); if they belong to it, "
@@ -1035,3 +1035,12 @@ def test_sizes_and_options_that_do_not_fit_are_named(sizes, options, message, tm
     for i, size in enumerate(sizes):
         save_pair(tmp_path / "data", "train", i, random_image(size), random_mask(size))
     assert_refused(tmp_path / "data", message, capsys, *options.split())
+
+
+@pytest.mark.parametrize("value", range(0, 256, 5))
+def test_a_channel_that_is_the_same_everywhere_has_a_deviation_of_one(value):
+    statistics = Statistics()
+    statistics.add(np.full((1000, 1), value, np.uint8))
+    mean, std = statistics.mean_and_std()
+    assert mean == [pytest.approx(value / 255)]
+    assert std == [1.0]

@@ -210,7 +210,40 @@ def test_pictures_and_windows_have_workers_and_whole_arrays_and_synthetic_images
         np.save(array, np.zeros((16, 16)))
         pictures.pairs[i] = (array, mask)
     assert number_of_workers(config, pictures) == 0
-    assert number_of_workers({**config, "crop": (8, 8)}, pictures) == 3
+    assert number_of_workers({**config, "workers": 7}, pictures) == 0
+    pictures.crop = (8, 8)
+    assert number_of_workers(config, pictures) == 3
+
+
+def test_of_arrays_workers_read_the_windows_to_learn_from_and_not_the_whole_ones_to_evaluate(tmp_path):
+    for split in ("train", "val", "test"):
+        for kind in ("images", "masks"):
+            (tmp_path / split / kind).mkdir(parents=True)
+            np.save(tmp_path / split / kind / "0.npy", np.zeros((16, 16), np.uint8))
+    folders = open_folder(tmp_path, deepglobe=False, seed=0, crop=(8, 8))
+    made = make_loaders(folders, {**CONFIG, "workers": 2}, torch.Generator())
+    assert {split: loader.num_workers for split, loader in made.items()} == {"train": 2, "val": 0, "test": 0}
+
+
+def test_a_window_is_no_view_of_the_image_as_a_worker_would_send_what_lies_between_its_rows(tmp_path):
+    for kind in ("images", "masks"):
+        (tmp_path / "train" / kind).mkdir(parents=True)
+        for i in range(3):
+            np.save(tmp_path / "train" / kind / f"{i}.npy", np.zeros((64, 64), np.uint8))
+    image, mask = open_folder(tmp_path, deepglobe=False, seed=0, crop=(8, 8))["train"][0]
+    assert image.untyped_storage().nbytes() == mask.untyped_storage().nbytes() == 64
+
+
+def test_an_error_in_a_worker_is_not_taken_for_its_death():
+    class Wrong(Dataset):
+        def __len__(self):
+            return 1
+
+        def __getitem__(self, i):
+            raise RuntimeError("something else")
+
+    with pytest.raises(RuntimeError, match="something else"):
+        list(Loader(Wrong(), num_workers=1))
 
 
 def test_the_processes_of_a_machine_share_its_cores(data, monkeypatch):

@@ -149,7 +149,7 @@ def test_a_class_that_training_never_saw_is_not_named_again():
     found = scores(torch.stack([counts, counts]), ["a", "b", "c"])
     config = {"classes": ["a", "b", "c"], "class_pixels": [5, 0, 5]}
     (line,) = remarks(found, config)
-    assert "hold it: c; more --epochs or --class-weights balanced" in line
+    assert "hold it: c; to train with more --epochs or --class-weights balanced" in line
 
 
 # Seams
@@ -213,3 +213,14 @@ def test_scores_of_all_pixels_do_not_depend_on_seams(stripes):
     assert found["iou"] == whole["iou"]
     assert found["mean_iou"] == whole["mean_iou"]
     assert math.isnan(whole["seam"]["mean_iou_border"])
+
+
+def test_small_weights_of_all_classes_do_not_change_the_loss(in_float64):
+    """It is a mean with weights: 1e-9 for each class is as good as 1."""
+    torch.manual_seed(0)
+    logits = torch.randn(1, 2, 8, 8)
+    mask = torch.zeros(1, 8, 8, dtype=torch.uint8)
+    losses = []
+    for weights in ([1.0, 1.0], [1e-9, 1e-9]):
+        losses.append(loss_from_sums(loss_sums(logits, mask, weights), weights))
+    torch.testing.assert_close(losses[0], losses[1])

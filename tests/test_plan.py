@@ -281,3 +281,15 @@ def test_plan_tells_what_would_fit(said_when_out_of_memory, monkeypatch, capsys)
     *run, memory = words_after_plan(said_when_out_of_memory)
     plan.main(run + ["1"])
     assert "This needs more than 1 GiB. What would fit: --recompute or " in capsys.readouterr().out
+
+
+def test_more_gpus_are_proposed_only_as_far_as_each_process_has_tiles_for_them():
+    config = {"grid": (2, 4), "gpus": 1, "image_processes": 4, "recompute": True, "batch_size": 1}
+    options = [options for options, _ in plan.changes_that_save_memory(config)]
+    assert [option for option in options if option.startswith("--gpus")] == ["--gpus 2"]
+
+
+def test_with_a_run_no_other_option_of_the_step_is_passed_over(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        plan.main(["--run", "runs/NAME", "--batch-size=64"])
+    assert "--run takes the options of the run; leave --batch-size out" in capsys.readouterr().err

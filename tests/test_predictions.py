@@ -92,7 +92,7 @@ def test_hidden_files_and_folders_are_no_images_and_other_kinds_are_said_to_be_l
     save_black(scans / ".thumbnails/tile.png")
     (scans / "2020/notes.txt").write_text("sunny")
     assert places(scans / "2020") == ["tile.png"]
-    assert "2020: left out 1 that are no PNG, JPEG or .npy, the first is notes.txt" in capsys.readouterr().out
+    assert "2020: files of other kinds are left out (1, the first is notes.txt)" in capsys.readouterr().out
 
 
 def test_of_deepglobes_folder_the_masks_are_no_images_to_predict(tmp_path):
