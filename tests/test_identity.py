@@ -15,6 +15,7 @@ from test_resume import message_of_failure
 import train
 from support import checkpoints, datasets, identity, processes
 from support.command import prepare_run
+from support.image_files import DataError
 from support.image_folder import open_folder
 from support.options import make_parser
 from support.sizes import smallest
@@ -265,3 +266,18 @@ def test_any_number_of_workers_reads_the_same_as_the_look_at_all_images(place):
 def test_what_is_kept_is_small(place):
     config = config_of(place)
     assert len(config["file_times"]) == len(config["file_contents"]) == 64
+
+
+def test_a_run_does_not_go_on_with_so_many_processes_that_batch_norm_sees_a_single_number(tmp_path, monkeypatch):
+    """A tile of 32x32 pixels is a single cell at depth 5, and each of four processes would have one image of a batch."""
+    options = "--width 2 --depth 5 --comm-channels 0 --train-images 4 --batch-size 4 --epochs 1 --freeze-batch-norm 1"
+    train.main(options.split() + ["--out", str(tmp_path / "run")])
+
+    def four():
+        return 4
+
+    parser = make_parser("")
+    parser.add_argument("--resume")
+    monkeypatch.setattr(processes, "world_size", four)
+    with pytest.raises(DataError, match="a tile is a single cell, and a process has a batch of a single image"):
+        prepare_run(["--resume", str(tmp_path / "run")], parser)
