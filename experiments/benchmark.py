@@ -33,7 +33,7 @@ from experiments.common import CPU_OR_GPUS, column, different, make_folder, wher
 from support import checkpoints, plots, processes
 from support.memory import LiveMemory
 from support.model import build_from_config
-from support.options import Parser, number, pair
+from support.options import DefaultsInHelp, Parser, number, pair
 from support.sizes import build_tiling
 
 FIRST = "plain U-Net"  # whose time and memory are 1
@@ -213,7 +213,7 @@ def describe(row: dict) -> str:
 # The command
 
 def make_parser() -> Parser:
-    parser = Parser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = Parser(description=__doc__.splitlines()[0], formatter_class=DefaultsInHelp)
     option = parser.add_argument
     option("--sizes", type=number(16), nargs="+", default=[256, 512, 1024, 2048], help="sides of the image")
     option("--grid", type=pair, default="8x8", help="tiles of the decomposed models")

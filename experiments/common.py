@@ -4,7 +4,6 @@ A result is a row of a CSV file: a dictionary from the name of each column to a 
 one measurement from the others (the model, the seed, ...) is called its case.
 """
 
-import argparse
 import csv
 import json
 import shutil
@@ -18,7 +17,7 @@ from torch import nn
 import train
 from comm_net import CommNet
 from support.model import load_model
-from support.options import Parser, number
+from support.options import DefaultsInHelp, Parser, number
 
 HERE = Path(__file__).parent
 CPU_OR_GPUS = [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
@@ -39,7 +38,7 @@ CLASS_HEADER = ["IoU line", "IoU background", "IoU circle"]
 def make_parser(description: str) -> Parser:
     """The two options that most experiments have."""
     parser = Parser(description=description, allow_abbrev=False,
-                    formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+                    formatter_class=DefaultsInHelp)
     parser.add_argument("--seeds", type=number(0), nargs="+", default=[0, 1, 2], help="of weights and images")
     parser.add_argument("--quick", action="store_true", help="a smoke run")
     return parser

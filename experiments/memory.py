@@ -12,7 +12,6 @@ Results are added to runs/memory/memory.csv as they come, and what is there alre
 communication.md (the share of the communication network) and memory.png beside it.
 """
 
-import argparse
 import gc
 import math
 from pathlib import Path
@@ -27,7 +26,7 @@ from experiments.common import (CPU_OR_GPUS, append_rows, column, different, is_
                                 save_table, where)
 from support import plots
 from support.model import build_from_config
-from support.options import Parser, number
+from support.options import DefaultsInHelp, Parser, number
 from support.sizes import build_tiling
 
 GPUS = torch.cuda.device_count()
@@ -205,7 +204,7 @@ def draw_largest(axes, rows: list[dict], line: str, **style):
 
 
 def main(arguments: list[str] | None = None):
-    parser = Parser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = Parser(description=__doc__.splitlines()[0], formatter_class=DefaultsInHelp)
     parser.add_argument("--sizes", type=number(256), nargs="+", default=[512, 1024, 2048, 4096, 8192],
                         help="sides of the image")
     parser.add_argument("--gpus", type=number(1), default=4, help="to pretend, where there is none")

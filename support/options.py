@@ -14,6 +14,15 @@ WITH_RESUME = ("--data", "--workers", "--image-processes")  # what may be given 
 LARGE = 2**20  # the most that an option may be: with more, PyTorch overflows
 
 
+class DefaultsInHelp(argparse.ArgumentDefaultsHelpFormatter):
+    """Tells the default of each option, unless there is none or its help says it in words."""
+
+    def _get_help_string(self, action):
+        if action.default is None:
+            return action.help
+        return super()._get_help_string(action)
+
+
 class Parser(argparse.ArgumentParser):
     def parse_args(self, arguments: list[str] | None = None) -> argparse.Namespace:
         """Reads the options. From here on, what the terminal cannot show is printed as \\x and a number."""
@@ -89,7 +98,7 @@ def default_grid(gpus: int) -> tuple[int, int]:
 # The options of train.py and plan.py
 
 def make_parser(description: str) -> Parser:
-    parser = Parser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
+    parser = Parser(description=description, formatter_class=DefaultsInHelp, allow_abbrev=False)
     option, unset = parser.add_argument, argparse.SUPPRESS
     option("--dataset", choices=["synthetic", "folder", "deepglobe"], default="synthetic", help="what to learn: lines "
            "between circles, images and masks of your own, or DeepGlobe's land cover")
