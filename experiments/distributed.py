@@ -1,6 +1,6 @@
 """What do two processes cost? The training step of one process with two threads against two processes with one each.
 
-    python -m experiments.benchmark --distributed            # two minutes on two CPU cores
+    python -m experiments.benchmark --distributed            # six minutes on two CPU cores
     python -m experiments.benchmark --distributed --quick    # the two processes only, in seconds
 
 First they share out batches: the network and the images are the defaults of train.py, 64x64 pixels in 2x2 tiles, 16

@@ -186,7 +186,8 @@ def start_torchrun(out) -> subprocess.Popen:
     command += "--standalone --nproc-per-node 2 --max-restarts 1".split()
     command += [str(ROOT / "train.py")] + OPTIONS + ["--out", str(out)]
     environment = {**os.environ, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}  # see the README
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                            start_new_session=True)
 
 
 def wait_for_epoch(run: subprocess.Popen, out, epoch: int):
@@ -211,6 +212,16 @@ def kill_one_process(run: subprocess.Popen):
 
 def epochs_done(out) -> list[int]:
     return [row["epoch"] for row in checkpoints.load(out / "last.pt")["rows"]]
+
+
+def test_ctrl_c_ends_all_processes_and_the_first_says_how_to_go_on(tmp_path):
+    out = tmp_path / "run"
+    run = start_torchrun(out)
+    wait_for_epoch(run, out, 1)
+    os.killpg(run.pid, signal.SIGINT)  # to all of them at once, as a terminal does
+    _, complained = run.communicate(timeout=60)
+    assert complained.count(f"stopped; go on with: torchrun ... train.py --resume {out}") == 1
+    assert 1 <= len(epochs_done(out)) < 8
 
 
 def test_when_a_process_dies_torchrun_goes_on_once_and_the_second_time_all_end_and_one_alone_goes_on(tmp_path):
