@@ -1,7 +1,7 @@
 """What do two processes cost? The training step of one process with two threads against two processes with one each.
 
     python -m experiments.benchmark --distributed            # six minutes on two CPU cores
-    python -m experiments.benchmark --distributed --quick    # the two processes only, in seconds
+    python -m experiments.benchmark --distributed --quick    # two processes that share images, in seconds
 
 First they share out batches: the network and the images are the defaults of train.py, 64x64 pixels in 2x2 tiles, 16
 images in a batch. Then they share one image of 512x512 pixels in 2x2 tiles, with --image-processes 2, width 16 and depth
@@ -130,7 +130,7 @@ def main(quick: bool):
     if quick:
         small = ["--width", "2", "--comm-channels", "4", "--grid", "2x2", "--no-amp"]
         rounds, steps = 1, 3
-        contests = [(2, small), (2, small + ["--image-processes", "2"])]
+        contests = [(2, small + ["--image-processes", "2"])]
 
     folder = make_folder("distributed", quick)
     rows = []

@@ -161,7 +161,7 @@ def main(arguments: list[str] | None = None):
         images = QUICK_AREAS
         asked.seeds = [0]
         asked.batch_sizes = [2]
-        asked.settings = ["never", GROUP_NORM]
+        asked.settings = [GROUP_NORM]
 
     folder = make_folder("norm", asked.quick)
     results = folder / "norm.csv"

@@ -186,7 +186,7 @@ def main(arguments: list[str] | None = None):
     if asked.quick:
         training = QUICK
         images = 8
-        asked.grids = ["1x8"]
+        asked.grids = ["4x4"]
         asked.seeds = [0]
 
     folder = make_folder("reach", asked.quick)
