@@ -18,7 +18,7 @@ from support import processes
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
 SCRIPTS = [  # script, rows of its table of results, name of a score, what its Markdown table tells
-    (reach, 60, "line_iou", "plain U-Net, depth 5"),
+    (reach, 16, "line_iou", "plain U-Net, depth 5"),
     (comm_channels, 3, "line", "| 2 | 8 | "),
     (control, 3, "line", "same network, no exchange"),
     (generalise, 13, "line", "| 256x256 | 8x8 | any two tiles |"),

@@ -139,6 +139,7 @@ def test_every_other_command_is_understood(command, monkeypatch, capsys):
     with pytest.raises(SystemExit) as ended:
         if words[0] == "-m":
             monkeypatch.setattr(sys, "argv", sys.argv[1:])
+            monkeypatch.delitem(sys.modules, words[1], raising=False)  # else Python warns
             runpy.run_module(words[1], run_name="__main__")
         else:
             runpy.run_path(str(ROOT / words[0]), run_name="__main__")
