@@ -48,13 +48,14 @@ def draw_image(axes, left: float, bottom: float, tiles: list[int]):
 
 
 def main():
-    figure, panels = plt.subplots(1, len(PANELS), figsize=(11, 5), layout="constrained")
+    figure, panels = plt.subplots(1, len(PANELS), figsize=(11, 5.2), layout="constrained")
     for axes, (image_processes, (question, answer)) in zip(panels, PANELS.items()):
         for i, tiles in enumerate(holders(image_processes)):
             row, column = divmod(i, 2)
             draw_image(axes, column * (SIDE + 1), (1 - row) * (SIDE + 1), tiles)
-        axes.set(xlim=(-0.2, 2 * SIDE + 1.2), ylim=(-2, 2 * SIDE + 2), aspect="equal")
-        axes.set_title(f"{question}?\n--image-processes {image_processes}")
+        axes.set(xlim=(-0.2, 2 * SIDE + 1.2), ylim=(-2, 2 * SIDE + 3.5), aspect="equal")
+        title = f"{question}?\n--image-processes {image_processes}"
+        axes.text(SIDE + 0.5, 2 * SIDE + 1.5, title, ha="center", va="bottom", fontsize=12)
         axes.text(SIDE + 0.5, -0.5, answer, ha="center", va="top")
         axes.axis("off")
     plots.save(figure, HERE / "sharing.png")
