@@ -126,7 +126,9 @@ def fake_step(config: dict) -> tuple[LiveMemory, list[Counter]]:
     one, which has the most tiles.
     """
     devices = [torch.device("cpu", i + 1) for i in range(max(config["gpus"], 1))]
-    host = torch.device("cpu") if config["gpus"] else devices[0]
+    host = devices[0]
+    if config["gpus"]:
+        host = torch.device("cpu")
     batch, size = config["batch_size"], config["image_size"]
     memory = LiveMemory()
     phases = Phases(memory)
@@ -204,7 +206,11 @@ def extend(three: Counter, four: Counter, tiles: int) -> Counter:
 def fullest(config: dict) -> int:
     """Peak bytes of the GPU that needs most."""
     peak, _ = predict(config)
-    return max(size for device, size in peak.items() if device != "cpu")
+    largest = 0
+    for device, size in peak.items():
+        if device != "cpu":  # the host
+            largest = max(largest, size)
+    return largest
 
 
 # What would fit
@@ -226,7 +232,9 @@ def largest_image(config: dict, memory: float) -> int:
     side = int(math.sqrt(pixels)) // step * step
     while side > step and peak(side) > memory:
         side -= step
-    return side if side > step else 0  # tiles of a single cell are too small for batch norm
+    if side <= step:  # tiles of a single cell are too small for batch norm
+        return 0
+    return side
 
 
 def changes_that_save_memory(config: dict) -> Iterator[tuple[str, dict]]:

@@ -37,7 +37,10 @@ image_group = None  # these processes, if there are several
 def together():
     """Inside, the processes that torchrun started know each other."""
     if dist.is_torchelastic_launched():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+        backend = "gloo"
+        if torch.cuda.is_available():
+            backend = "cpu:gloo,cuda:nccl"
+        dist.init_process_group(backend)
     yield
     if dist.is_initialized():  # not after an error: to wait for processes that wait for this one takes for ever
         dist.destroy_process_group()
@@ -45,12 +48,16 @@ def together():
 
 def rank() -> int:
     """The number of this process, 0 for the first."""
-    return dist.get_rank() if dist.is_initialized() else 0
+    if dist.is_initialized():
+        return dist.get_rank()
+    return 0
 
 
 def world_size() -> int:
     """The number of processes."""
-    return dist.get_world_size() if dist.is_initialized() else 1
+    if dist.is_initialized():
+        return dist.get_world_size()
+    return 1
 
 
 def is_first() -> bool:
@@ -83,8 +90,11 @@ def own_tiles(tiles: int) -> range:
 
 
 class SumOverGroup(torch.autograd.Function):
-    """x of this process -> the sum of x over the processes of its group. The gradients are added up in the same way, as
-    each process only knows what its own tiles make of the sum."""
+    """Adds up x over the processes of a group. The gradients are added up in the same way, as each process only knows what
+    its own tiles make of the sum.
+
+    This is not all_reduce_sum below: there every process makes the same of the sum, and so knows its whole gradient.
+    """
 
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
@@ -98,7 +108,10 @@ class SumOverGroup(torch.autograd.Function):
 
 
 def sum_over_group(x: Tensor) -> Tensor:
-    return x if image_processes == 1 else SumOverGroup.apply(x)
+    """x of this process -> the sum of x over the processes that share an image."""
+    if image_processes == 1:
+        return x
+    return SumOverGroup.apply(x)
 
 
 def local_world_size() -> int:

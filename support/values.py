@@ -74,7 +74,9 @@ class Extremes:
     """
 
     def __init__(self, channels: int, dtype: np.dtype):
-        self.keep = 1 if dtype == np.uint8 else 2
+        self.keep = 2
+        if dtype == np.uint8:
+            self.keep = 1
         self.values = [[] for _ in range(channels)]  # of each channel, sorted
 
     def add(self, channel: int, values: np.ndarray):
@@ -94,13 +96,18 @@ class Extremes:
 
     def merge(self, channel: int, values: list[float]):
         """Keeps the outermost of these values and of those that are known."""
-        known = sorted({*self.values[channel], *values})
-        self.values[channel] = sorted({*known[:self.keep], *known[-self.keep:]})
+        known = sorted(set(self.values[channel] + values))
+        if len(known) > 2 * self.keep:
+            known = known[:self.keep] + known[-self.keep:]
+        self.values[channel] = known
 
     def value_range(self) -> list[list[float]]:
         """The smallest value of each channel, and the largest."""
-        smallest = [values[0] for values in self.values]
-        largest = [values[-1] for values in self.values]
+        smallest = []
+        largest = []
+        for values in self.values:
+            smallest.append(values[0])
+            largest.append(values[-1])
         return [smallest, largest]
 
 
@@ -108,14 +115,17 @@ def range_remark(found: Sequence[Sequence[float]], trained: Sequence[Sequence[fl
     """A line, if some images have quite other values than the training images: far outside, or in hardly a hundredth of
     their range. Both are ranges as in `Extremes`."""
     narrow = 0
-    for channel, (smallest, largest, first, last) in enumerate(zip(*found, *trained)):
+    channels = len(trained[0])
+    for channel in range(channels):
+        smallest, largest = found[0][channel], found[1][channel]
+        first, last = trained[0][channel], trained[1][channel]
         lowest, highest = far_limits(first, last)
         if smallest < lowest or largest > highest:
             return (f"values from {smallest:g} to {largest:g}, but the training images have {first:g} to {last:g} (in "
                     f"channel {channel}); bring them to the same range, unless a value marks pixels without data")
         if largest - smallest < (last - first) / 100:
             narrow += 1
-    if narrow == len(found[0]):
+    if narrow == channels:
         return (f"values from {min(found[0]):g} to {max(found[1]):g}, but the training images have {min(trained[0]):g} "
                 f"to {max(trained[1]):g}; bring them to the same range")
     return None
