@@ -15,7 +15,8 @@ from PIL import Image, ImageFilter
 import train
 from support import image_files, image_folder, mask_files, values
 from support.image_folder import ImageFolder
-from support.survey import Statistics, survey
+from support.survey import Statistics, find_outlier, survey
+from support.values import Extremes
 
 RNG = np.random.default_rng(0)
 
@@ -1044,3 +1045,13 @@ def test_a_channel_that_is_the_same_everywhere_has_a_deviation_of_one(value):
     mean, std = statistics.mean_and_std()
     assert mean == [pytest.approx(value / 255)]
     assert std == [1.0]
+
+
+@pytest.mark.parametrize("dtype, named", [(np.uint8, False), (np.uint16, True)])
+def test_a_value_far_outside_all_others_is_named_but_not_in_images_of_8_bits(dtype, named):
+    dark = Extremes(1, dtype)
+    dark.add(0, np.arange(10, dtype=dtype))
+    both = Extremes(1, dtype)
+    both.add(0, np.array([3, 255], dtype))
+    both.add_all(dark)
+    assert (find_outlier(both) is not None) == named
