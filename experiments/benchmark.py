@@ -68,7 +68,7 @@ class Contestant:
         train.set_training_mode(self.model, config["frozen"])
         self.optimizer = torch.optim.Adam(self.model.parameters(), fused=True)
         self.tiling = build_tiling(config, (height, width))
-        self.image = torch.randint(0, 256, (1, config["channels"], height, width), dtype=torch.uint8)  # as in a picture
+        self.image = torch.rand(1, config["channels"], height, width)
         self.mask = torch.randint(0, len(config["classes"]), (1, height, width), dtype=torch.uint8)
         self.step()  # warms up, and makes Adam's averages
 
