@@ -115,7 +115,7 @@ def score(mask: np.ndarray, truth: np.ndarray, tiling: Tiling, classes: int) -> 
 def make_parser() -> Parser:
     parser = Parser(description="Segment images with a trained network, a tile at a time.")
     option = parser.add_argument
-    option("checkpoint", type=Path, help="best.pt of a run of train.py")
+    option("checkpoint", type=Path, help="best.pt of a run of train.py, or the folder of the run")
     option("images", type=Path, nargs="+", metavar="IMAGE_OR_FOLDER", help="PNG, JPEG, TIFF or .npy, or a folder, of which "
            "all images are taken, also those in its subfolders")
     option("--out", type=Path, metavar="DIR", help="folder to write to, in the same subfolders (default: a new one, "

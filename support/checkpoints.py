@@ -61,9 +61,11 @@ def save(path: Path, state: dict):
 def load(path: Path, needs: tuple[str, ...] = ("config", "model")) -> dict:
     """What `save` wrote, with its tensors on the CPU.
 
-    needs: the entries that it must have.
+    path: of the file, or of the folder of a run, which stands for its best.pt; needs: the entries that it must have.
     CheckpointError: the file is not there, is damaged, lacks an entry, or holds anything but data.
     """
+    if path.is_dir():
+        path = path / "best.pt"
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file; name a checkpoint that train.py wrote, runs/NAME/best.pt")
     try:

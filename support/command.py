@@ -25,16 +25,12 @@ def prepare_run(arguments: list[str] | None, parser) -> tuple[dict, Path, dict |
     """
     asked = parse(arguments, parser)
     if asked["resume"]:
-        config, out, state = open_run(Path(asked["resume"]))
-        if "changes" in asked:
-            change_options(config, asked["changes"], parser)
-        else:
-            check_same(asked, config, out)
-        check_processes(config)
-        check_sizes(config, {tuple(config["image_size"]): str(out)}, len(build_datasets(config)["train"]))
-        check_unchanged(config, show_progress)
-        print(f"{out}: {len(state['rows'])} of {config['epochs']} epochs are done")
-        return config, out, state
+        return resume_run(asked, parser)
+    return begin_run(asked)
+
+
+def begin_run(asked: dict) -> tuple[dict, Path, None]:
+    """A new run, with what `prepare_run` returns. asked: its options."""
     check_processes(asked)
     out = claim_folder(asked)
     try:
@@ -45,6 +41,23 @@ def prepare_run(arguments: list[str] | None, parser) -> tuple[dict, Path, dict |
         folders.give_back(out)
         raise
     return config | {"out": str(out)}, out, None
+
+
+def resume_run(asked: dict, parser) -> tuple[dict, Path, dict]:
+    """A run that goes on, with what `prepare_run` returns. asked: the options that were given with --resume."""
+    config, out, state = open_run(Path(asked["resume"]))
+    if "changes" in asked:
+        change_options(config, asked["changes"], parser)
+    else:
+        check_same(asked, config, out)
+    check_processes(config)
+    if config["dataset"] != "synthetic" and not Path(config["data"]).is_dir():
+        raise DataError(f"--data {config['data']}: no such folder; give --data with the folder in which the images of {out} "
+                        "lie now")
+    check_sizes(config, {tuple(config["image_size"]): str(out)}, len(build_datasets(config)["train"]))
+    check_unchanged(config, show_progress)
+    print(f"{out}: {len(state['rows'])} of {config['epochs']} epochs are done")
+    return config, out, state
 
 
 def claim_folder(asked: dict) -> Path:
@@ -94,8 +107,8 @@ def change_options(config: dict, changes: dict, parser):
 
 def say_init(config: dict):
     """What --init does. CheckpointError: it cannot be done."""
-    weights, classes = weights_to_begin_with(Path(config["init"]), config)
-    line = f"the run begins with {len(weights)} tensors of {config['init']}"
+    _, classes = weights_to_begin_with(Path(config["init"]), config)
+    line = f"the run begins with the weights of {config['init']}"
     if classes != config["classes"]:
         line += f"; its classes are others ({', '.join(classes)}), so the last layer is drawn anew"
     print(line)

@@ -268,7 +268,7 @@ def open_folder(root: Path, deepglobe: bool, seed: int, crop: tuple[int, int] | 
     else:
         pairs, reader = find_pairs(root, seed), read_mask
     rows = dict.fromkeys(SPLITS)
-    sharing = [name for name in SPLITS if pairs[name] == pairs["train"]]
+    sharing = [name for name in SPLITS if pairs[name] == pairs["train"]]  # those to which `complete` gave all pairs
     if len(sharing) > 1:
         rows |= cut_into_bands(pairs["train"], sharing, cell, reader)
     return {

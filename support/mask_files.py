@@ -184,7 +184,8 @@ def check_regions(mask: np.ndarray, path: Path):
             total += count
     most_values_are_lines = len(lines) >= MANY_VALUES and len(lines) > len(counts) / 2
     most_pixels_are_not = total < mask.size / 2  # else it is noise
-    if most_values_are_lines and most_pixels_are_not and total > 1.5 * len(lines):
+    they_are_more_than_dots = total > 1.5 * len(lines)  # else it shows each class once, in a pixel of its own
+    if most_values_are_lines and most_pixels_are_not and they_are_more_than_dots:
         raise DataError(f"{path}: {len(lines)} of its {len(counts)} different values form lines one pixel wide, as after "
                         "resizing with interpolation, or JPEG; make the masks anew, with nearest neighbour and as PNG")
 

@@ -32,6 +32,7 @@ def build_tiling(config: dict, size: Sequence[int], grid: Sequence[int] | None =
 
 
 def grid_for(config: dict, size: Sequence[int]) -> Sequence[int]:
+    """Rows and columns of tiles for an image of a size (H,W), as `build_tiling` says."""
     trained = tuple(config["image_size"])
     if tuple(size) == trained:
         return config["grid"]

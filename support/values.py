@@ -54,7 +54,11 @@ def far_limits(smallest: float, largest: float) -> tuple[float, float]:
 def without_outliers(values: Sequence[float]) -> tuple[float, float]:
     """The smallest and the largest of some values, but not one that is far outside all others.
 
-    values: sorted, and all different.
+    values: sorted, and all different. For example heights in metres, where -9999 stands for what was not measured:
+
+        -9999 . . . . . . . . . . . . . . . . . . . . . 12 13 40 250     ->  12 and 250
+
+    Without -9999 they are 238 metres from each other, and it lies farther than that below 12.
     """
     smallest, largest = values[0], values[-1]
     if len(values) > 2:
@@ -68,7 +72,8 @@ def without_outliers(values: Sequence[float]) -> tuple[float, float]:
 
 
 class Extremes:
-    """The two smallest and the two largest values of each channel of some images, as they are stored.
+    """The two smallest and the two largest values of each channel of some images, as they are stored. Two, so that
+    `without_outliers` can tell whether the last one is far outside the others.
 
     dtype: of the images. Of uint8, in which no value lies far outside, only the smallest and the largest are kept.
     """

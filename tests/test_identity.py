@@ -176,7 +176,8 @@ def test_of_an_older_run_it_is_said_that_its_images_are_not_known_for_sure(place
 
 def test_data_that_has_moved_is_found_with_data(place, capsys):
     (place / "data").rename(place / "elsewhere")
-    assert f"{place / 'data'}/train/images: no such folder" in message_of_failure(["--resume", "run"], capsys)
+    said = message_of_failure(["--resume", "run"], capsys)
+    assert f"--data {place / 'data'}: no such folder; give --data with the folder in which the images of run lie now" in said
     train.main(["--resume", "run", "--data", "elsewhere"])
     config = json.loads((place / "run/metrics.json").read_text())["config"]
     assert config["data"] == str(place / "elsewhere")
@@ -207,7 +208,7 @@ def test_another_number_of_workers_and_of_processes_for_each_image_goes_with_res
     ("--workers -1", "--workers: '-1' is not a number of 0 to 1048576"),
     ("--image-processes 5", "--image-processes 5, but --grid 2x2 has only 4 tiles: take fewer processes"),
     ("--image-processes 2", "torchrun has started 1, which is not a multiple of it"),
-    ("--data nowhere", "nowhere/train/images: no such folder"),
+    ("--data nowhere", "nowhere: no such folder; give --data with"),
 ])
 def test_what_does_not_go_with_resume_is_one_line(options, message, place, capsys):
     before = (place / "run/last.pt").read_bytes()

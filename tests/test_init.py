@@ -44,7 +44,7 @@ def copy_with_names(first, folder):
 
 
 def test_without_an_epoch_the_scores_are_those_of_the_checkpoint(first, tmp_path):
-    run(first / "data", tmp_path / "run", "--init", first / "run/best.pt", "--epochs", "0", "--seed", "0")
+    run(first / "data", tmp_path / "run", "--init", first / "run", "--epochs", "0", "--seed", "0")
     expected, found = metrics_of(first / "run"), metrics_of(tmp_path / "run")
     assert found["test"] == expected["test"]
     assert found["val"]["iou"] == expected["val"]["iou"]

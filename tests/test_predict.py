@@ -417,7 +417,7 @@ def iou_by_hand(predicted, truth, label):
 def test_predictions_for_deepglobe_are_scored_by_its_masks(deepglobe, tmp_path):
     image = deepglobe / "data/train/3_sat.jpg"
     masks = deepglobe / "data/train"
-    assert run(deepglobe / "run/best.pt", image, "--masks", masks, "--out", tmp_path / "out") == 0
+    assert run(deepglobe / "run", image, "--masks", masks, "--out", tmp_path / "out") == 0
     predicted = read_picture(tmp_path / "out/3_sat.png")
     truth = np.load(deepglobe / "mask_of_3.npy")
     scores = read_json(tmp_path / "out/metrics.json")["all"]
