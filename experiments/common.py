@@ -67,12 +67,13 @@ def trained(out: Path, options: list[str], comm_net: type[nn.Module] = CommNet) 
     makes little difference. comm_net: another communication network than that of comm_net.py.
     """
     if not (out / "metrics.json").exists():
+        options = ["--no-amp"] + options
         print(f"\n{out}: python train.py {' '.join(options)}", flush=True)
         if (out / "last.pt").exists():
             arguments = ["--resume", str(out)]
         else:
             shutil.rmtree(out, ignore_errors=True)
-            arguments = ["--no-amp"] + options + ["--out", str(out)]
+            arguments = options + ["--out", str(out)]
         with mock.patch("support.model.CommNet", comm_net):
             train.main(arguments)
     return json.loads((out / "metrics.json").read_text())

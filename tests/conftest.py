@@ -1,3 +1,4 @@
+import multiprocessing
 import os
 import sys
 from pathlib import Path
@@ -11,7 +12,13 @@ import torch
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from support import plots
+from support import loaders, plots
+
+MOST_WORKERS = loaders.MOST_WORKERS
+loaders.MOST_WORKERS = 0  # unless a test asks for --workers: to start one takes longer than to read small images
+
+# New processes are forked from one that has imported these already, as it takes seconds to import them.
+multiprocessing.set_forkserver_preload(["torch", "torch._dynamo", "matplotlib.pyplot", "pytest"])
 
 CPU = torch.device("cpu")
 CONFIG = {  # of a small network, in the form in which train.py and a checkpoint hold it

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
+import conftest
 import train
 from support import loaders, processes
 from support import survey as survey_module
@@ -187,19 +188,27 @@ def test_the_death_of_a_worker_is_one_line_wherever_it_is_noticed(capsys):
     assert "take fewer --workers, or 0" in capsys.readouterr().err
 
 
+def set_cores(monkeypatch, number: int):
+    """A machine of so many cores, and as many workers by default as outside of the tests."""
+    monkeypatch.setattr(loaders.os, "cpu_count", lambda: number)
+    monkeypatch.setattr(loaders, "MOST_WORKERS", conftest.MOST_WORKERS)
+
+
 def test_before_training_the_first_process_has_as_many_workers_as_cores_but_not_more_than_images(monkeypatch):
-    monkeypatch.setattr(loaders.os, "cpu_count", lambda: 3)
+    set_cores(monkeypatch, 3)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")  # the others wait
     assert workers_before_training({"workers": None}, 100) == 3
     assert workers_before_training({"workers": None}, 2) == 2
     assert workers_before_training({"workers": 7}, 100) == 7
     assert workers_before_training({"workers": 0}, 100) == 0
+    set_cores(monkeypatch, 64)
+    assert workers_before_training({"workers": None}, 100) == 4
 
 
 # How many workers
 
 def test_pictures_and_windows_have_workers_and_whole_arrays_and_synthetic_images_have_none(data, monkeypatch):
-    monkeypatch.setattr(loaders.os, "cpu_count", lambda: 3)
+    set_cores(monkeypatch, 3)
     pictures = open_folder(data, deepglobe=False, seed=0)["train"]
     config = {**CONFIG, "workers": None, "crop": None}
     assert number_of_workers(config, pictures) == 3
@@ -213,6 +222,8 @@ def test_pictures_and_windows_have_workers_and_whole_arrays_and_synthetic_images
     assert number_of_workers({**config, "workers": 7}, pictures) == 0
     pictures.crop = (8, 8)
     assert number_of_workers(config, pictures) == 3
+    set_cores(monkeypatch, 64)
+    assert number_of_workers(config, pictures) == 4
 
 
 def test_of_arrays_workers_read_the_windows_to_learn_from_and_not_the_whole_ones_to_evaluate(tmp_path):
@@ -248,7 +259,7 @@ def test_an_error_in_a_worker_is_not_taken_for_its_death():
 
 def test_the_processes_of_a_machine_share_its_cores(data, monkeypatch):
     pictures = open_folder(data, deepglobe=False, seed=0)["train"]
-    monkeypatch.setattr(loaders.os, "cpu_count", lambda: 6)
+    set_cores(monkeypatch, 6)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     assert number_of_workers({**CONFIG, "workers": None}, pictures) == 3
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "6")

@@ -89,7 +89,7 @@ def one_of_many(rank: int, folder: str):
 def results_of_processes(tmp_path_factory):
     """The folder of what the processes have left. It takes longer to start them than to train."""
     folder = tmp_path_factory.mktemp("processes")
-    torch.multiprocessing.spawn(one_of_many, (str(folder),), nprocs=COUNT)
+    torch.multiprocessing.start_processes(one_of_many, (str(folder),), nprocs=COUNT, start_method="forkserver")
     return folder
 
 

@@ -5,18 +5,15 @@
 
 import csv
 import io
+import multiprocessing
 import os
 import random
 import resource
-import signal
-import subprocess
-import sys
 import time
 from multiprocessing.pool import ThreadPool
 
 import pytest
 import torch
-from conftest import ROOT
 from test_image_folder import make_folder
 
 import train
@@ -110,15 +107,15 @@ def epochs_logged(out) -> int:
 def run_and_kill(plan):
     """plan: the folder of the run, the epoch after which to kill it, and how many seconds after that."""
     out, epoch, delay = plan
-    command = [sys.executable, ROOT / "train.py", *OPTIONS, "--out", out]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    while process.poll() is None:
+    process = multiprocessing.get_context("forkserver").Process(target=run, args=(OPTIONS, out))
+    process.start()
+    while process.is_alive():
         if epochs_logged(out) >= epoch and (out / "last.pt").exists():
             break
         time.sleep(0.002)
     time.sleep(delay)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.kill()
+    process.join()
     return out
 
 

@@ -145,7 +145,7 @@ def work(rank: int, folder: str):
 def results(tmp_path_factory):
     """The folder of what the processes have left."""
     folder = tmp_path_factory.mktemp("sharing")
-    torch.multiprocessing.spawn(work, (str(folder),), nprocs=4)
+    torch.multiprocessing.start_processes(work, (str(folder),), nprocs=4, start_method="forkserver")
     return folder
 
 
