@@ -1,6 +1,6 @@
 """The bare training step against that of the plain U-Net: time and peak memory from 256x256 to 2048x2048 pixels.
 
-    python -m experiments.benchmark                                       # 5 minutes on two CPU cores
+    python -m experiments.benchmark                                       # 12 minutes on two CPU cores
     python -m experiments.benchmark --sizes 8192 --grid 16x16 --only "recompute, bf16" --rounds 1    # 10 minutes
     python -m experiments.benchmark --sizes 8192 --width 64 --channels 3 --classes 7 --comm-channels 64    # on a GPU
     python -m experiments.benchmark --distributed                         # two processes against one: distributed.py
