@@ -163,11 +163,12 @@ def median_ratio(times: list[float], of_first: list[float]) -> float:
 
 def draw(rows: list[dict], path: Path):
     """Time and memory against pixels."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.5), layout="constrained")
     draw_panel(left, rows, "seconds", "seconds per training step")
     draw_panel(right, rows, "peak_mib", "peak memory, MiB")
     if rows:
-        left.legend()
+        lines, labels = left.get_legend_handles_labels()
+        figure.legend(lines, labels, loc="outside lower center", ncols=4, frameon=False)
     plots.save(figure, path)
 
 
