@@ -74,22 +74,23 @@ class Tiling:
         return Tiling(self.coarse_size, self.grid, overlap=self.overlap // self.cell)
 
     def spans(self, axis: int, overlap: int) -> list[tuple[int, int]]:
-        """Where each row of tiles (axis 0) or column of tiles (axis 1) begins and ends, in pixels."""
+        """Where each row of tiles (axis 0) or column of tiles (axis 1) begins and ends, in pixels. overlap: in pixels."""
         cells = self.coarse_size[axis]
         tiles = self.grid[axis]
         spans = []
-        start = 0
+        first_cell = 0
         for i in range(tiles):
-            stop = start + cells // tiles
+            end_cell = first_cell + cells // tiles
             if i < cells % tiles:  # the first tiles take the cells that are left over
-                stop += 1
-            first = max(start * self.cell - overlap, 0)
-            last = min(stop * self.cell + overlap, cells * self.cell)
-            spans.append((first, last))
-            start = stop
+                end_cell += 1
+            begin = max(first_cell * self.cell - overlap, 0)
+            end = min(end_cell * self.cell + overlap, cells * self.cell)
+            spans.append((begin, end))
+            first_cell = end_cell
         return spans
 
     def make_boxes(self, overlap: int) -> list[Box]:
+        """The box of each tile, row-major, with an overlap of this many pixels."""
         boxes = []
         for top, bottom in self.spans(0, overlap):
             for left, right in self.spans(1, overlap):
@@ -109,14 +110,15 @@ class Tiling:
     def split(self, x: Tensor, overlap: bool = True, fill: float = 0) -> list[Tensor]:
         """(...,H,W) -> tiles (...,h,w), row-major. They are views of x, except where they are padded with `fill`.
 
-        overlap: whether the tiles are to have theirs. ValueError: x is not of size (H,W).
+        overlap: whether each tile includes its overlap. ValueError: x is not of size (H,W).
         """
         if x.shape[-2:] != tuple(self.size):
-            raise ValueError(f"{tuple(x.shape)}, but the tiling is made for {self.size[0]} rows, {self.size[1]} columns")
+            raise ValueError(f"a tensor of shape {tuple(x.shape)}, but the tiling is made for {self.size[0]} rows and "
+                             f"{self.size[1]} columns")
         pixels = self.overlap if overlap else 0
         tiles = []
         for top, bottom in self.spans(0, pixels):
-            # Rows first, then columns, to save memory: the gradient of a cut is as large as what it was cut from.
+            # Rows first, then columns, to save memory: the gradient of a slice is as large as the tensor that was sliced.
             strip = x[..., top:bottom, :]
             for left, right in self.spans(1, pixels):
                 tile = strip[..., left:right]
@@ -134,7 +136,10 @@ class Tiling:
         return tile[..., top - halo_top:bottom - halo_top, left - halo_left:right - halo_left]
 
     def stitch(self, tiles: Sequence[Tensor], device: torch.device | None = None) -> Tensor:
-        """Tiles (...,h,w) without overlap, row-major, on any devices -> (...,H,W) on `device`, or on that of the first tile."""
+        """Tiles (...,h,w) without overlap, row-major, on any devices -> (...,H,W) on `device`.
+
+        device: None stands for that of the first tile.
+        """
         if device is None:
             device = tiles[0].device
         moved = []
@@ -181,7 +186,7 @@ class DecomposedUNet(nn.Module):
                 finish: Callable = keep_logits, prepare: Callable = unchanged, recompute: bool = False,
                 comm_device: torch.device | None = None, own: Sequence[int] | None = None,
                 add_up: Callable = unchanged) -> list:
-        """Tiles (B,C,h,w), as `tiling.split` made them -> for each tile what `finish` returned.
+        """Tiles (B,C,h,w), as `tiling.split` made them -> a list of what `finish` returned for each tile.
 
         placement: the device of each tile. A tile is moved there, and all that belongs to it is computed there.
         finish(i, logits): is called with the logits (B,L,h,w) of tile i, without overlap, on its device. What it returns
@@ -194,9 +199,10 @@ class DecomposedUNet(nn.Module):
             statistics are the same.
         comm_device: where the communication network is computed; None: on the device of the first tile. Under autocast it
             must be of the same type as the devices of the tiles, as autocast is for one type.
-        own: the numbers of the tiles that are computed here; None: all. The others are computed by other processes, which
-            call this at the same time. Each of them must have a tile.
-        add_up(x): the sum of x over these processes. The gradients of x must be added up as well.
+        own: the numbers of the tiles that are computed here; None: all. The list that is returned has these tiles, in this
+            order. The others are computed by other processes, which call this at the same time. Each must have a tile.
+        add_up(x): the sum of x over these processes. It must be differentiable: in the backward pass it adds up the gradient
+            of x over the processes, too.
 
         Dropout: each tile has seeds of its own, by its number in the tiling, and so has the communication network. They
             are drawn from PyTorch's generator of the CPU. So which channels are left out depends neither on recompute nor
@@ -209,14 +215,15 @@ class DecomposedUNet(nn.Module):
             own = range(len(tiling))
         if comm_device is None:
             comm_device = placement[0]
-        # All three are called as a function of the number of a tile and of its inputs (see SharedModule below).
+        # Each is called with the number of a tile and its inputs: encode(i, tile) runs the encoder on tile i, with a copy of
+        # its weights on placement[i] (see SharedModule below).
         encode = SharedModule(self.encoder, placement, draw_seeds(len(tiling)))
         decode = SharedModule(self.decoder, placement, draw_seeds(len(tiling)))
         communicate = None
         if self.comm_net is not None:
             communicate = SharedModule(self.comm_net, [comm_device], draw_seeds(1))
 
-        run = self.recomputed if recompute else self.remembered
+        run = self.forward_with_recompute if recompute else self.forward_keeping_activations
         outputs = run(encode, decode, communicate, tiles, tiling, placement, own, add_up, finish, prepare)
 
         encode.update_buffers(len(tiling), add_up)
@@ -225,11 +232,9 @@ class DecomposedUNet(nn.Module):
             communicate.update_buffers(1, unchanged)  # every process has run it on the same map
         return outputs
 
-    def remembered(self, encode, decode, communicate, tiles, tiling, placement, own, add_up, finish, prepare) -> list:
-        """The forward pass as the picture at the top shows it. PyTorch keeps what the backward pass needs.
-
-        encode(i, tile) runs the encoder on tile i, with its weights on the tile's device; so do decode and communicate.
-        """
+    def forward_keeping_activations(self, encode, decode, communicate, tiles, tiling, placement, own, add_up, finish,
+                                    prepare) -> list:
+        """The forward pass as the picture at the top shows it. PyTorch keeps what the backward pass needs."""
         skips, coarse_maps = {}, {}
         for i in own:
             tile = prepare(to_device(tiles[i], placement[i]))
@@ -258,12 +263,12 @@ class DecomposedUNet(nn.Module):
             return dict.fromkeys(sent)
         parts = fill_with_zeros(sent, tiling.coarse.boxes)
         coarse_map = add_up(tiling.coarse.stitch(parts, device=communicate.placement[0]))
-        coarse_map = communicate(0, coarse_map)  # for it, the whole map is a single tile, number 0
+        coarse_map = communicate(0, coarse_map)  # it has a single tile, number 0, which is the whole map
         received = tiling.coarse.split(coarse_map)
         return {i: to_device(received[i], placement[i]) for i in sent}
 
     def replace(self, coarse: Tensor, received: Tensor | None) -> Tensor:
-        """The coarse map of a tile, its last K channels replaced by what it received."""
+        """The coarse map of a tile, with its last K channels replaced by what the tile received."""
         if received is None:
             return coarse
         coarse = coarse.clone()
@@ -272,12 +277,13 @@ class DecomposedUNet(nn.Module):
 
     # Below is the machinery: how to forget tiles, and how to run one module on many devices.
 
-    def recomputed(self, encode, decode, communicate, tiles, tiling, placement, own, add_up, finish, prepare) -> list:
+    def forward_with_recompute(self, encode, decode, communicate, tiles, tiling, placement, own, add_up, finish,
+                               prepare) -> list:
         """The same in two passes, each of which forgets a tile before it goes on to the next.
 
         The first pass encodes each tile and keeps only what the tile sends. The second pass encodes it again, decodes it,
-        and keeps only what `finish` returns. The backward pass calls both functions again, one tile after the other. The
-        activations of the communication network are kept.
+        and keeps only what `finish` returns. The backward pass calls both functions again, one tile after the other. Until
+        then, what each tile has received stays on its device, and so do the activations of the communication network.
         """
         def encode_to_send(i):
             _, coarse = encode(i, prepare(to_device(tiles[i], placement[i])))
@@ -300,9 +306,13 @@ class DecomposedUNet(nn.Module):
 
 
 def fill_with_zeros(sent: dict[int, Tensor], boxes: Sequence[Box]) -> list[Tensor]:
-    """What the tiles send, and zeros for the tiles that are computed elsewhere. `add_up` puts theirs into that place."""
-    zero = next(iter(sent.values())).new_zeros(())
-    batch, channels = next(iter(sent.values())).shape[:2]
+    """What the tiles send, and zeros for the tiles that are computed by other processes.
+
+    These have zeros where the tiles of this process are, so the sum of all their coarse maps is the whole one.
+    """
+    example = next(iter(sent.values()))
+    batch, channels = example.shape[:2]
+    zero = example.new_zeros(())  # a single number, which expand shows in every place without taking memory
     parts = []
     for i, (top, bottom, left, right) in enumerate(boxes):
         if i in sent:
@@ -318,7 +328,7 @@ def forget(function: Callable, *inputs):
 
 
 def draw_seeds(number: int) -> list[int]:
-    """Seeds for the dropout of so many tiles, by their number in the tiling."""
+    """One seed for the dropout of each tile. number: of tiles."""
     return torch.randint(2**62, (number,)).tolist()
 
 
@@ -336,7 +346,8 @@ def random_numbers_of(seed: int, device: torch.device):
 
 
 def generator_of(device: torch.device) -> torch.Generator:
-    """From which dropout on the device draws. Every GPU has its own, and torch.manual_seed gives all the same seed."""
+    """The generator from which dropout on this device draws. Every GPU has its own, and torch.manual_seed gives the same
+    seed to all of them."""
     if device.type == "cuda":
         index = torch.cuda.current_device() if device.index is None else device.index
         return torch.cuda.default_generators[index]
@@ -365,7 +376,7 @@ class SharedModule:
 
     Random numbers: whenever tile i is run, dropout draws those of seeds[i].
 
-    module: whose weights may lie on any device; placement: the device of each tile; seeds: the seed of each tile.
+    module: its weights may lie on any device; placement: the device of each tile; seeds: the seed of each tile.
     """
 
     def __init__(self, module: nn.Module, placement: Sequence[torch.device], seeds: Sequence[int]):
@@ -376,7 +387,7 @@ class SharedModule:
         self.rounded = {}
         self.buffers = {}
         for device in dict.fromkeys(placement):  # each device once, in order
-            weights = module.named_parameters(remove_duplicate=False)  # a weight of two layers under both its names
+            weights = module.named_parameters(remove_duplicate=False)  # one that two layers share under both names
             buffers = module.named_buffers(remove_duplicate=False)
             self.weights[device] = {name: weight.to(device) for name, weight in weights}
             self.rounded[device] = round_weights(self.weights[device], device)
@@ -410,7 +421,7 @@ class SharedModule:
         buffers = dict(self.buffers[self.placement[i]])
         for names in self.changing:
             old = [buffers[name] for name in names]
-            copies = torch._foreach_mul(old, 1)  # of all at once: a GPU takes long to begin many small operations
+            copies = torch._foreach_mul(old, 1)  # all in one call, since each call takes a while to reach the GPU
             buffers.update(zip(names, copies))
         return buffers
 
@@ -428,18 +439,23 @@ class SharedModule:
 
     @torch.no_grad()
     def update_buffers(self, tiles: int, add_up: Callable):
-        """The buffers of the module become the mean over so many tiles. To be called once, after the forward pass.
+        """The buffers of the module become the mean over all tiles. To be called once, after the forward pass.
 
-        add_up: the sum over processes, for which all buffers go into one tensor. Its float64 holds what all other types do.
+        tiles: how many there are, in all processes together; add_up: the sum over these processes. It is called once, for
+        all buffers in one tensor. That is of float64, which holds the values of all other types exactly.
         """
         if not self.changing:
             return
-        changing = sum(self.changing, [])
-        buffers = [self.module.get_buffer(name) for name in changing]
+        buffers = []
         totals = []
-        for name, buffer in zip(changing, buffers):
-            total = sum(sums[name].to(buffer.device) for sums in self.sums.values())
-            totals.append(total.flatten().double())
+        for names in self.changing:
+            for name in names:
+                buffer = self.module.get_buffer(name)
+                total = 0
+                for sums in self.sums.values():  # of each device
+                    total = total + sums[name].to(buffer.device)
+                buffers.append(buffer)
+                totals.append(total.flatten().double())
         means = add_up(torch.cat(totals)) / tiles
         sizes = [buffer.numel() for buffer in buffers]
         for buffer, mean in zip(buffers, means.split(sizes)):
@@ -460,14 +476,14 @@ class RoundedWeight(torch.autograd.Function):
     """A weight as one of many tiles uses it: rounded, but with a gradient of the weight's own precision.
 
     Autocast itself has two ways to round a weight, and both are bad for many tiles. With its cache, the gradients of all
-    tiles are added up in bfloat16, which rounds away those of the last. Without it, every tile keeps a copy of all weights
-    until the backward pass.
+    tiles are added up in bfloat16, in which a small number that is added to a large one is lost. Without it, every tile
+    keeps a copy of all weights until the backward pass.
     """
 
     @staticmethod
     def forward(ctx, weight: Tensor, rounded: Tensor) -> Tensor:
         ctx.dtype = weight.dtype
-        return rounded.view_as(rounded)
+        return rounded
 
     @staticmethod
     def backward(ctx, gradient: Tensor):

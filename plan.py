@@ -4,19 +4,16 @@
     python plan.py --gpus 4 --image-size 2048 --grid 2x2 --width 64 --depth 4 --batch-size 1 --memory 24
 
 The step of train.py runs on fake tensors: they have a shape and a device but no numbers, and cost nothing. Every tensor
-that is made is followed until it is freed, and the bytes alive on each device are added up. What a kernel needs only
-inside itself (the workspace of a convolution) and what the allocator rounds up is not seen.
+that is made is followed until it is freed, and the bytes alive on each device are added up. The memory that a kernel needs only
+inside itself (the workspace of a convolution) is not seen, and neither is what the allocator rounds up.
 The options are those of train.py; --run takes those of a run from its folder. With --memory, the size of a GPU, it also
 tells what would fit.
 """
 
 import contextlib
-import functools
 import math
-import operator
 import sys
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
 
@@ -31,7 +28,7 @@ from support.image_files import DataError
 from support.loss import number_of_sums
 from support.memory import LiveMemory
 from support.model import build_from_config
-from support.options import make_parser, number, parse
+from support.options import make_parser, number, options_given, parse, tiles_each
 from support.sizes import build_tiling, check_sizes
 
 
@@ -79,7 +76,10 @@ class Phases:
             yield
 
     def largest(self) -> Counter:
-        return functools.reduce(operator.or_, self.peaks)
+        largest = Counter()
+        for peak in self.peaks:
+            largest |= peak  # of each device the larger value
+        return largest
 
 
 @contextlib.contextmanager
@@ -97,8 +97,8 @@ def without_random_numbers():
 
 @contextlib.contextmanager
 def first_of_many(image_processes: int, moved: Counter):
-    """Inside, this is the first of so many processes that share an image. Adds to moved[TO_OTHERS] the bytes that it hands
-    over to be added up."""
+    """Inside, this process is the first of those that share an image. image_processes: how many there are. The bytes that it
+    hands over to be added up are counted in moved[TO_OTHERS]."""
     def all_reduce(tensor, group):
         moved[TO_OTHERS] += tensor.nbytes
 
@@ -176,8 +176,8 @@ def predict(config: dict) -> tuple[Counter, Counter]:
     tiling = build_tiling(config, config["image_size"])
     devices = max(config["gpus"], 1)
     share = devices * config["image_processes"]  # all GPUs that share an image
-    tiles_each = math.ceil(len(tiling) / share)
-    if tiles_each <= 4:
+    tiles_of_gpu = math.ceil(len(tiling) / share)
+    if tiles_of_gpu <= 4:
         memory, _ = fake_step(config)
         return memory.peak, memory.moved
     height = max(bottom - top for top, bottom, _, _ in tiling.halos)
@@ -191,8 +191,8 @@ def predict(config: dict) -> tuple[Counter, Counter]:
     four, four_peaks = fake_step(row_of_tiles(4))
     peak = Counter()
     for three_peak, four_peak in zip(three_peaks, four_peaks):
-        peak |= extend(three_peak, four_peak, tiles_each)
-    return peak, extend(three.moved, four.moved, tiles_each)
+        peak |= extend(three_peak, four_peak, tiles_of_gpu)
+    return peak, extend(three.moved, four.moved, tiles_of_gpu)
 
 
 def extend(three: Counter, four: Counter, tiles: int) -> Counter:
@@ -203,14 +203,19 @@ def extend(three: Counter, four: Counter, tiles: int) -> Counter:
     return line
 
 
-def fullest(config: dict) -> int:
-    """Peak bytes of the GPU that needs most."""
-    peak, _ = predict(config)
+def of_fullest_gpu(peak: Counter) -> int:
+    """The bytes of the GPU that needs most. peak: the bytes of each device."""
     largest = 0
     for device, size in peak.items():
         if device != "cpu":  # the host
             largest = max(largest, size)
     return largest
+
+
+def fullest(config: dict) -> int:
+    """Peak bytes of the GPU that needs most."""
+    peak, _ = predict(config)
+    return of_fullest_gpu(peak)
 
 
 # What would fit
@@ -237,22 +242,22 @@ def largest_image(config: dict, memory: float) -> int:
     return side
 
 
-def changes_that_save_memory(config: dict) -> Iterator[tuple[str, dict]]:
-    """Options, and what they change, those first that cost least time."""
+def changes_that_save_memory(config: dict) -> list[tuple[str, dict]]:
+    """Options as text, and what they change in the configuration. Those that cost least time come first."""
     rows, columns = config["grid"]
     changes = []
     if not config["recompute"]:
         changes.append(("--recompute", {"recompute": True}))
     for gpus in (2, 4, 8, 16, 32, 64):
-        if config["gpus"] < gpus <= math.ceil(rows * columns / config["image_processes"]):
+        if config["gpus"] < gpus <= tiles_each(config):
             changes.append((f"--gpus {gpus}", {"gpus": gpus}))
     for factor in (2, 4, 8, 16):
         grid = factor * rows, factor * columns
         changes.append((f"--grid {grid[0]}x{grid[1]} --recompute", {"grid": grid, "recompute": True}))
-    yield from changes
     if config["batch_size"] > 1:
-        for options, change in changes:
-            yield f"{options} --batch-size 1", {**change, "batch_size": 1}
+        for options, change in list(changes):
+            changes.append((f"{options} --batch-size 1", {**change, "batch_size": 1}))
+    return changes
 
 
 def what_fits(config: dict, memory: float) -> list[str]:
@@ -326,26 +331,25 @@ def describe_images(config: dict):
     config["std"] = [1.0] * config["channels"]
 
 
-def check_words(words: list[str], parser):
+def refuse_other_options(given: list[str], parser):
     """With --run, the options are those of the run. One that is given beside it ends the program with one line."""
-    for word in words:
-        option, _, _ = word.partition("=")
-        if option.startswith("--") and option not in ("--run", "--memory"):
+    for option in given:
+        if option not in ("--run", "--memory"):
             parser.error(f"--run takes the options of the run; leave {option} out")
 
 
 def main(arguments: list[str] | None = None):
     parser = make_parser("Predict the peak memory of each GPU in a training step of train.py, without a GPU.")
     parser.add_argument("--run", type=Path, help="folder of a run of train.py whose options are to be taken")
-    parser.add_argument("--memory", type=number(0.1, float), metavar="GIB", help="memory of a GPU: tells also what would "
-                        "fit into it (default: not asked)")
-    parser.add_argument("--channels", type=number(1), default=1, help="of the image")
-    parser.add_argument("--classes", type=number(2, largest=255), default=3, help="of the mask")
+    parser.add_argument("--memory", type=number(0.1, float), metavar="GIB", help="memory of a GPU, to be told also what "
+                        "would fit into it")
+    parser.add_argument("--channels", type=number(1), default=1, help="channels of the image")
+    parser.add_argument("--classes", type=number(2, largest=255), default=3, help="classes of the mask")
     config = parse(arguments, parser, amp=True)  # as all recent GPUs do
     memory = config["memory"]
     with one_line_errors(parser):
         if config["run"]:
-            check_words(sys.argv[1:] if arguments is None else arguments, parser)
+            refuse_other_options(options_given(arguments), parser)
             config, _, _ = open_run(config["run"])
         else:
             describe_images(config)
@@ -354,7 +358,7 @@ def main(arguments: list[str] | None = None):
     peak, moved = predict(config)
     print_step(config, peak, moved)
     if memory:
-        print_what_fits(config, memory, needed=max(peak.values()))
+        print_what_fits(config, memory, needed=of_fullest_gpu(peak))
 
 
 if __name__ == "__main__":

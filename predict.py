@@ -5,10 +5,10 @@
 Writes the class of every pixel of each image: NAME.png with a palette, so that it is readable by eye and by program, or
 for NAME.npy an array NAME.npy, written tile by tile. Writes also NAME-overlay.png, the classes over the image, at most
 2048 pixels wide or high. Images are cut into tiles no larger than those of training (or than 256x256, if those are
-smaller), and one tile at a time is alive on each device. Of a folder, all images are segmented, also those in its
-subfolders, and --out has the same subfolders. With --probabilities, it also writes the probability of every class. With
+smaller), and one tile at a time is alive on each device. From a folder, predict.py takes all images, also those in its
+subfolders, and --out gets the same subfolders. With --probabilities, it also writes the probability of every class. With
 --masks, a folder of true masks of the same names, it also scores the predictions, in metrics.json.
-Exit status: 0, all is done; 1, some images could not be, and each is named; 2, none could be.
+Exit status: 0, all images are done; 1, some of them failed; 2, all failed. Each image that failed is named.
 """
 
 import argparse
@@ -47,18 +47,18 @@ def segment(model: DecomposedUNet, images: torch.Tensor, tiling: Tiling, devices
     waiting = deque()  # tiles that a device still computes, while the next one is given work
 
     def write():
-        i, classes, rounded = waiting.popleft()
-        write_tile(classes, tiling.boxes[i], out)
+        i, predicted, rounded = waiting.popleft()
+        write_tile(predicted, tiling.boxes[i], out)
         if rounded is not None:
             write_tile(rounded, tiling.boxes[i], probabilities)
         show_progress(f"{progress}tile {i + 1} of {len(tiling)}")
 
     def finish(i, logits):
-        classes = logits.argmax(dim=1)
+        predicted = logits.argmax(dim=1)
         rounded = None
         if probabilities is not None:
-            rounded = round_probabilities(logits.float().softmax(dim=1), classes)
-        waiting.append((i, classes.byte(), rounded))
+            rounded = round_probabilities(logits.float().softmax(dim=1), predicted)
+        waiting.append((i, predicted.byte(), rounded))
         if len(waiting) == len(devices):
             write()
 
@@ -118,8 +118,8 @@ def make_parser() -> Parser:
     option("checkpoint", type=Path, help="best.pt of a run of train.py, or the folder of the run")
     option("images", type=Path, nargs="+", metavar="IMAGE_OR_FOLDER", help="PNG, JPEG, TIFF or .npy, or a folder, of which "
            "all images are taken, also those in its subfolders")
-    option("--out", type=Path, metavar="DIR", help="folder to write to, in the same subfolders (default: a new one, "
-           "predictions)")
+    option("--out", type=Path, metavar="DIR", help="folder to write to, which gets the subfolders of the images "
+           "(default: a new one, predictions)")
     option("--gpus", type=number(1), metavar="N", help="GPUs to use (default: all there are)")
     option("--grid", type=pair, metavar="RxQ", help="rows x columns of tiles (default: as many as keep them no larger than "
            "in training, or than 256x256)")
@@ -162,17 +162,21 @@ def predict_all(model: DecomposedUNet, config: dict, jobs: list[Job], asked: arg
     failed = 0
     for position, job in enumerate(jobs, start=1):
         progress = f"image {position} of {len(jobs)}, "
+        reason = None
         try:
             counts[job.place.as_posix()] = predict_and_score(model, config, job, asked, devices, progress)
-        except (DataError, OSError) as error:
-            failed += 1
-            show_progress("")
-            reason = explain(error, out) if isinstance(error, OSError) else error
-            print(f"{parser.prog}: error: {reason}", file=sys.stderr)
+        except DataError as error:
+            reason = str(error)
+        except OSError as error:
+            reason = explain(error, out)
         except (RuntimeError, MemoryError) as error:
             if not processes.is_out_of_memory(error):
                 raise
-            parser.error(f"{job.image}: out of memory; take a --grid of more tiles")
+            reason = f"{job.image}: out of memory; take a --grid of more tiles"
+        if reason is not None:
+            failed += 1
+            show_progress("")
+            print(f"{parser.prog}: error: {reason}", file=sys.stderr)
     if asked.masks and counts:
         write_scores(counts, config, out)
     if failed < len(jobs):
@@ -183,7 +187,10 @@ def predict_all(model: DecomposedUNet, config: dict, jobs: list[Job], asked: arg
 
 def predict_and_score(model: DecomposedUNet, config: dict, job: Job, asked: argparse.Namespace, devices: list,
                       progress: str) -> torch.Tensor | None:
-    """The confusion (2,L,L) of the prediction for an image, if there are masks. DataError."""
+    """Predicts one image and prints a line. Returns the confusion (2,L,L) if there are masks, else None.
+
+    DataError: the image or its mask cannot be used.
+    """
     started = time.perf_counter()
     if asked.masks and job.truth is None:
         raise DataError(f"{job.image}: {asked.masks} holds no mask named {job.name}; add it")

@@ -21,8 +21,9 @@ from torch.utils.data import Dataset
 
 SPLITS = ("train", "val", "test")
 
-# The classes. To add one, write its number, name and colour here, and draw it in LinesAndCircles.draw. Then name it in
-# CLASSES of experiments/common.py, and in the test in tests/test_synthetic.py that counts three of them.
+# The classes. To add one, write its number, name and colour here, and draw it in LinesAndCircles.draw; where it lies is to
+# be drawn by __getitem__. Then name it in CLASSES of experiments/common.py. Some tests in tests/test_synthetic.py know that
+# there are three.
 BACKGROUND = 0
 LINE = 1
 CIRCLE = 2

@@ -1,4 +1,4 @@
-"""Train a domain-decomposed U-Net: a plain loop that puts tile i of every image on the GPU cuda:i by hand.
+"""Train a domain-decomposed U-Net: a plain loop that puts every tile of an image on its GPU by hand.
 
     python train.py --gpus 4 --dataset synthetic          # four tiles with a communication network
     python train.py --comm-channels 0                     # the same tiles, which know nothing of each other
@@ -14,6 +14,7 @@ puts them together. Options, files, resuming and many processes are in support/.
 """
 
 import copy
+import itertools
 import math
 import time
 from collections.abc import Callable
@@ -26,8 +27,7 @@ from decompose import DecomposedUNet, Tiling, to_device
 from support import processes
 from support.command import one_line_errors, prepare_run
 from support.datasets import build_datasets
-from support.values import normalise
-from support.loaders import ignore_surplus_images, make_loaders
+from support.loaders import make_loaders, mask_out_fillers
 from support.loss import IGNORE, loss_from_sums, loss_sums, number_of_sums
 from support.model import build_from_config
 from support.options import make_parser, show_progress
@@ -35,23 +35,27 @@ from support.plots import Thinned
 from support.run import Diverged, Run
 from support.scores import confusion, pixels_near_seam, scores
 from support.sizes import build_tiling
+from support.values import normalise
 
 
 # Where each tile lives
 
 def place(tiling: Tiling, devices: list[torch.device]) -> list[torch.device]:
-    """The device of each tile: tile i lives on cuda:(i mod gpus). Where several processes share an image, it is the i-th
-    tile of each process that does."""
+    """The device of each tile: tile i lives on cuda:(i mod gpus).
+
+    Where several processes share an image, they take its tiles in turn (see own_tiles in support/processes.py), and each
+    deals out its own tiles in this way.
+    """
     placement = []
     for i in range(len(tiling)):
-        number = i // processes.image_processes
+        number = i // processes.image_processes  # of the tile among those of its process
         placement.append(devices[number % len(devices)])
     return placement
 
 
 def run_tiles(model: nn.Module, images: Tensor, tiling: Tiling, devices: list, config: dict,
               finish: Callable) -> list:
-    """Images (B,C,H,W) as they are stored -> finish(i, logits) of every tile i, computed on the tile's device."""
+    """Images (B,C,H,W) as they are stored, not yet normalised -> finish(i, logits) of every tile i, on the tile's device."""
     def prepare(tile):
         return normalise(tile, config["mean"], config["std"], config.get("range"))
 
@@ -70,7 +74,7 @@ def batch_loss(model: nn.Module, images: Tensor, masks: Tensor, tiling: Tiling, 
                config: dict) -> Tensor:
     """Images (B,C,H,W), masks (B,H,W) -> the loss, on the first device. Each tile gives its sums, and only these travel.
 
-    Of config it needs "mean", "std", "amp" and "recompute"; without "range" and "loss_weights" it does without these.
+    config: must hold "mean", "std", "amp" and "recompute", and may hold "range" and "loss_weights".
     """
     mask_tiles = tiling.split(masks, overlap=False, fill=IGNORE)
     weights = config.get("loss_weights")
@@ -101,7 +105,8 @@ def train_step(model: nn.Module, images: Tensor, masks: Tensor, optimizer, sched
 
 
 def set_training_mode(model: nn.Module, frozen: bool):
-    """Training mode. frozen: but batch norm stays in evaluation mode, so it keeps its running statistics and uses them.
+    """Puts the network into training mode. frozen: batch norm alone is put into evaluation mode, in which it uses its
+    running statistics and does not change them.
 
     By default it is frozen in the second half of the steps. Until then every tile is normalised by its own statistics,
     and in evaluation by the running statistics. Where a step sees few images the two differ, and a network that was
@@ -129,10 +134,10 @@ def train_epoch(model: nn.Module, loader, optimizer, schedule, config: dict, dev
     frozen = steps_done > freeze_after  # in an earlier epoch
     set_training_mode(model, frozen)
     losses = []
-    for images, masks in ignore_surplus_images(loader):
-        if steps_done == freeze_after:
+    for images, masks in mask_out_fillers(loader):
+        if steps_done == freeze_after:  # once in a training: the statistics become the same everywhere, and are frozen
             frozen = True
-            processes.average_buffers(model)  # from now on they are the same in all processes
+            processes.average_buffers(model)
             set_training_mode(model, frozen)
             if batch_norms(model):
                 show_progress("")
@@ -140,7 +145,7 @@ def train_epoch(model: nn.Module, loader, optimizer, schedule, config: dict, dev
         loss = train_step(model, images, masks, optimizer, schedule, config, devices)
         losses.append(loss)
         steps_done += 1
-        if len(losses) % 50 == 0 or len(losses) == len(loader):  # seldom, as to look at a loss is to wait for the GPUs
+        if len(losses) % 50 == 0 or len(losses) == len(loader):  # seldom, because reading a loss waits for the GPUs
             check_losses(losses[-50:], steps_done, len(loader))
         show_progress(f"step {len(losses)} of {len(loader)}")
     if not frozen:
@@ -179,10 +184,11 @@ def evaluate(model: nn.Module, loader, config: dict, devices: list) -> dict:
             return loss_sums(logits, mask, weights), confusion(predicted, mask, near_seam, classes)
 
         larger = math.prod(tiling.size) > math.prod(config["image_size"])
-        fitting = {**config, "recompute": config["recompute"] or larger}  # what is larger may not fit otherwise
-        for tile_sums, tile_counts in run_tiles(model, images, tiling, devices, fitting, measure):
+        recompute = config["recompute"] or larger  # an image larger than those of training may not fit without it
+        for tile_sums, tile_counts in run_tiles(model, images, tiling, devices, {**config, "recompute": recompute}, measure):
             sums += tile_sums.to(first)
             counts += tile_counts.to(first)
+    # Only here do the processes wait for each other, so one may have fewer batches than another.
     sums = processes.all_reduce_sum(sums)
     counts = processes.all_reduce_sum(counts)
     return {"loss": loss_from_sums(sums, weights).item(), **scores(counts, config["classes"])}
@@ -193,18 +199,19 @@ def compare_modes(model: nn.Module, loader, config: dict, devices: list,
                   frozen: bool) -> dict[str, float]:
     """The mean loss of 16 training images, or of a batch, in training mode and in evaluation mode, without dropout.
 
-    The two should be alike, as a network is used in evaluation mode. frozen: whether batch norm was, in its training.
+    The two should be alike, as a network is used in evaluation mode. frozen: whether batch norm was frozen when these
+    weights were saved.
     """
     model = copy.deepcopy(model)  # training mode changes the running statistics
     batches = math.ceil(16 / config["batch_size"])
     losses = {"training_mode": [], "evaluation_mode": []}
-    for (images, masks), _ in zip(loader, range(batches)):
+    for images, masks in itertools.islice(loader, batches):
         tiling = build_tiling(config, images.shape[-2:])
         for mode in losses:
-            set_training_mode(model, frozen or mode == "evaluation_mode")
-            for module in model.modules():
-                if isinstance(module, nn.Dropout2d):
-                    module.eval()
+            model.eval()
+            if mode == "training_mode" and not frozen:
+                for layer in batch_norms(model):
+                    layer.train()
             loss = batch_loss(model, images, masks, tiling, devices, config)
             losses[mode].append(loss.item())
     return {mode: sum(values) / len(values) for mode, values in losses.items()}
@@ -230,15 +237,15 @@ def train(config: dict, devices: list, out: Path, state: dict | None = None) -> 
     parallel = processes.parallel(model)
     optimizer = torch.optim.Adam(model.parameters(), fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, config["lr"], total_steps=max(steps, steps_per_epoch), anneal_strategy="linear")  # more than 0 steps
-    freeze_after = max(round(config["freeze_batch_norm"] * steps), 1)
+        optimizer, config["lr"], total_steps=max(steps, steps_per_epoch), anneal_strategy="linear")  # it takes no 0
+    freeze_after = max(round(config["freeze_batch_norm"] * steps), 1)  # a step at least, so that there are statistics
 
     # The run, which keeps what training changes and writes it to its folder
     run = Run(config, out, model, optimizer, schedule, order)
     run.begin(state)
     for epoch in range(run.epochs_done() + 1, config["epochs"] + 1):
         processes.seed(config["seed"], epoch)
-        datasets["train"].epoch = epoch  # its crops and flips are others in every epoch
+        datasets["train"].epoch = epoch  # each epoch has other crops and flips
         started = time.perf_counter()
         learning_rate = schedule.get_last_lr()[0]
         loss = train_epoch(parallel, loaders["train"], optimizer, schedule, config, devices, freeze_after)
@@ -249,10 +256,10 @@ def train(config: dict, devices: list, out: Path, state: dict | None = None) -> 
         run.end_epoch(epoch, loss, validation, learning_rate, train_seconds, waited, seconds)
 
     # The best epoch on images that it has never seen
-    if config["epochs"] == 0:  # the network as it was drawn
-        run.keep_best(evaluate(model, loaders["val"], config, devices))
+    if config["epochs"] == 0:  # the network as it was initialised
+        run.save_last_and_best(evaluate(model, loaders["val"], config, devices))
     run.load_best()
-    datasets["train"].epoch = config["epochs"]  # also where all epochs had been done before
+    datasets["train"].epoch = config["epochs"]  # if all epochs had been done before, the loop has not set it
     frozen = run.best_epoch() * steps_per_epoch > freeze_after
     metrics = {
         "test": evaluate(model, loaders["test"], config, devices),
@@ -265,7 +272,8 @@ def train(config: dict, devices: list, out: Path, state: dict | None = None) -> 
 @torch.no_grad()
 def predict_some(model: nn.Module, dataset, config: dict, devices: list,
                  count: int = 4) -> tuple[dict[str, list[Tensor]], list[list]]:
-    """The first images of a data set, their masks and the predicted ones, thinned for a picture; the boxes of their tiles."""
+    """The first images of a data set, their true masks and their predictions, reduced to the size of a picture; and the
+    boxes of the tiles in these pictures."""
     model.eval()
     config = {**config, "recompute": True}
     pictures = {"image": [], "true mask": [], "prediction": []}
@@ -283,7 +291,7 @@ def predict_some(model: nn.Module, dataset, config: dict, devices: list,
         run_tiles(model, image[None], tiling, devices, config, write)
         pictures["image"].append(picture.image(image))
         pictures["true mask"].append(true_mask)
-        pictures["prediction"].append(processes.sum_over_group(prediction))
+        pictures["prediction"].append(processes.sum_over_group(prediction))  # each process wrote its own tiles into zeros
         boxes.append(picture.boxes())
     return pictures, boxes
 

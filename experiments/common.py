@@ -30,7 +30,7 @@ MODELS = {  # the three-way comparison: options of train.py
     "plain U-Net, whole image": ["--grid", "1x1", "--comm-channels", "0"],
 }
 CLASSES = ["line", "background", "circle"]  # of the synthetic images, the hard one first
-CLASS_HEADER = ["IoU line", "IoU background", "IoU circle"]
+CLASS_HEADER = [f"IoU {name}" for name in CLASSES]
 
 
 # The command

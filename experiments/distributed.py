@@ -25,7 +25,7 @@ from experiments.common import make_folder
 from support import checkpoints, processes
 from support.datasets import build_datasets, describe
 from support.model import build_from_config
-from support.options import make_parser, parse, show_progress
+from support.options import make_parser, parse
 from support.sizes import build_tiling
 
 CORES = 2
@@ -137,7 +137,7 @@ def main(quick: bool):
     for i in range(rounds):
         for count, options in contests:
             config = parse(options + ["--train-images", "16"], make_parser(""))
-            config.update(describe(config, show_progress))
+            config.update(describe(config))
             row = {"round": i}
             row.update(measure(count, config, steps))
             rows.append(row)

@@ -58,7 +58,7 @@ def measure(folder: Path, data: Path, options: list[str], workers: int) -> list[
     options = options + ["--dataset", "folder", "--data", str(data), "--workers", str(workers), "--out", str(out)]
     config = parse(options, make_train_parser(""))
     started = time.perf_counter()
-    describe(config, progress=print_nothing)
+    describe(config)
     look = time.perf_counter() - started
 
     shutil.rmtree(out, ignore_errors=True)
@@ -66,10 +66,6 @@ def measure(folder: Path, data: Path, options: list[str], workers: int) -> list[
     metrics = json.loads((out / "metrics.json").read_text())
     share = metrics["seconds_waited"] / metrics["train_seconds"]
     return [str(workers), f"{look:.1f}", f"{metrics['seconds_per_step']:.2f}", f"{100 * share:.0f} %"]
-
-
-def print_nothing(text: str):
-    pass
 
 
 def main(arguments: list[str] | None = None):

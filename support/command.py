@@ -1,7 +1,6 @@
 """How train.py begins, and how it ends when something goes wrong: with one line and exit status 2, never a traceback."""
 
 import argparse
-import math
 import shlex
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +11,7 @@ from support.datasets import build_datasets, check_unchanged, describe
 from support.image_files import DataError
 from support.loaders import WORKER_DIED, is_death_of_a_worker
 from support.model import load_model, weights_to_begin_with
-from support.options import check_network, explain, parse, show_progress
+from support.options import check_network, explain, parse, tiles_each
 from support.run import STATE, Diverged
 from support.sizes import check_sizes
 
@@ -34,7 +33,7 @@ def begin_run(asked: dict) -> tuple[dict, Path, None]:
     check_processes(asked)
     out = claim_folder(asked)
     try:
-        config = asked | describe(asked, show_progress)
+        config = asked | describe(asked)
         if config.get("init"):
             say_init(config)
     except BaseException:  # also Ctrl-C
@@ -55,13 +54,16 @@ def resume_run(asked: dict, parser) -> tuple[dict, Path, dict]:
         raise DataError(f"--data {config['data']}: no such folder; give --data with the folder in which the images of {out} "
                         "lie now")
     check_sizes(config, {tuple(config["image_size"]): str(out)}, len(build_datasets(config)["train"]))
-    check_unchanged(config, show_progress)
+    check_unchanged(config)
     print(f"{out}: {len(state['rows'])} of {config['epochs']} epochs are done")
     return config, out, state
 
 
 def claim_folder(asked: dict) -> Path:
-    """The folder of a new run, which belongs to it alone even before the long look at all images. DataError."""
+    """The folder of a new run, which belongs to it alone even before the long look at all images.
+
+    DataError: it cannot be written, is not empty, or belongs to another run.
+    """
     if asked["out"] is not None:
         out = Path(asked["out"])
         folders.check_folder(out)
@@ -75,14 +77,17 @@ def claim_folder(asked: dict) -> Path:
 
 
 def open_run(out: Path) -> tuple[dict, Path, dict]:
-    """The configuration, the folder, and the content of last.pt, of a run that is to go on. CheckpointError."""
+    """The configuration, the folder, and the content of last.pt, of a run that is to go on.
+
+    out: the folder, or a file in it. CheckpointError: there is no last.pt, or it cannot be used.
+    """
     if out.is_file():
         out = out.parent
     path = out / "last.pt"
     if not path.is_file():
-        raise CheckpointError(f"--resume {out}: holds no last.pt; name the folder of a run, runs/NAME")
+        raise CheckpointError(f"{out}: this folder holds no last.pt; name the folder of a run, runs/NAME")
     state = checkpoints.load(path, STATE)
-    _, config = load_model(path)
+    _, config = load_model(path)  # which also finds out whether the weights fit
     config.setdefault("freeze_batch_norm", 1.0)  # a run that was begun before there was this option
     config.setdefault("workers", None)
     config.setdefault("class_weights", None)
@@ -92,16 +97,14 @@ def open_run(out: Path) -> tuple[dict, Path, dict]:
 
 
 def change_options(config: dict, changes: dict, parser):
-    """What is given with --resume takes the place of what the run was begun with. DataError."""
+    """What is given with --resume takes the place of what the run was begun with. DataError: the run has no such data."""
     config.update(changes)
     if "data" in changes:
         if config["dataset"] == "synthetic":
             raise DataError(f"--data {config['data']}: the images of this run are synthetic; leave --data out")
         config["data"] = str(config["data"].absolute())
     if "image_processes" in changes:  # now each of them may have another number of tiles for its GPUs
-        rows, columns = config["grid"]
-        tiles_each = math.ceil(rows * columns / config["image_processes"])
-        config["gpus"] = min(processes.gpus_each(), tiles_each)
+        config["gpus"] = min(processes.gpus_each(), tiles_each(config))
         check_network(config, parser)
 
 
@@ -130,8 +133,8 @@ def check_processes(config: dict):
     """DataError: the processes that torchrun has started do not go with the options."""
     started, each = processes.world_size(), config["image_processes"]
     if started % each != 0:
-        raise DataError(f"--image-processes {each}: torchrun has started {started}, which is not a multiple of it; take "
-                        "another --image-processes or --nproc-per-node")
+        raise DataError(f"--image-processes {each}: the number of processes is {started}, which is not a multiple of it; "
+                        "start others, with torchrun --nproc-per-node, or take another --image-processes")
     groups = started // each
     if config["batch_size"] < groups:
         raise DataError(f"--batch-size {config['batch_size']}: {groups} processes, or groups that share an image, need at "
@@ -165,7 +168,10 @@ def one_line_errors(parser: argparse.ArgumentParser, config: dict | None = None,
         if is_death_of_a_worker(error):
             parser.error(WORKER_DIED)
         if processes.is_lost(error):
-            parser.error(f"process {processes.rank()}: another one has ended, so this one stops; go on with --resume {out}")
+            line = f"process {processes.rank()}: another one has ended, so this one stops"
+            if out is not None:
+                line += f"; go on with --resume {shlex.quote(str(out))}"
+            parser.error(line)
         if config is None or not processes.is_out_of_memory(error):
             raise
         parser.error(f"out of memory; this tells what would fit: python plan.py --run {shlex.quote(str(out))} "

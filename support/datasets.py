@@ -1,6 +1,5 @@
 """Which images there are, and what the network has to know of them."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 from torch.utils.data import Dataset
@@ -37,11 +36,13 @@ def build_datasets(config: dict) -> dict[str, Dataset]:
     return datasets
 
 
-def describe(config: dict, progress: Callable) -> dict:
+def describe(config: dict) -> dict:
     """What the data add to the configuration: channels, dtype (None: any), classes, colors, mean, std, image_size and
-    loss_weights; and for images from files smallest_image, and file_times and file_contents, by which they are known again.
+    loss_weights. Images from files also add smallest_image, and file_times and file_contents, with which `check_unchanged`
+    finds out later whether they are the same.
 
-    Every image is read once, so that a broken file is found here and not in the third hour. DataError.
+    Every image is read once, so that a broken file is found here and not in the third hour. DataError: an image or a mask
+    cannot be used, or they do not go together or with the options.
     """
     if config["dataset"] == "synthetic":
         return describe_synthetic(config)
@@ -49,7 +50,7 @@ def describe(config: dict, progress: Callable) -> dict:
     names = class_names(Path(config["data"]), config["dataset"] == "deepglobe")
     times = times_of(datasets)  # before they are read, so that a change in between will be noticed
     images = sum(len(dataset.pairs) for dataset in datasets.values())
-    known, sizes = survey(datasets, names, progress, workers_before_training(config, images))
+    known, sizes = survey(datasets, names, workers_before_training(config, images))
     known["file_times"] = times
     known["smallest_image"] = smallest(config, sizes)
     check_smallest(config | known)
@@ -63,19 +64,19 @@ def describe(config: dict, progress: Callable) -> dict:
     print(f"{len(classes)} classes ({', '.join(classes)}), {known['channels']}-channel images: {train} for train, {val} for "
           f"val, {test} for test")
     if datasets["train"].rows is not None:
-        print(describe_epoch(datasets["train"]))
+        print(epoch_line(datasets["train"]))
     return known
 
 
-def describe_epoch(train: ImageFolder) -> str:
-    """What an epoch is, if the training images are few and large."""
+def epoch_line(train: ImageFolder) -> str:
+    """A line that tells what an epoch is, if the training images are few and large."""
     if train.crop is None:
         return "an epoch learns from each training image once; with --crop HxW, from as many windows as cover it"
     height, width = train.crop
     return f"an epoch learns from {len(train)} windows of {height}x{width}, as many as cover the training rows"
 
 
-def check_unchanged(config: dict, progress: Callable):
+def check_unchanged(config: dict):
     """DataError: the images of a run that goes on are not those that it was begun with.
 
     Sets file_times, as they may have moved; and in runs that were begun before files had checksums, all that is missing.
@@ -83,7 +84,7 @@ def check_unchanged(config: dict, progress: Callable):
     if config["dataset"] == "synthetic":
         return
     if "file_contents" not in config:
-        check_alike(config, progress)
+        check_alike(config)
         return
     check_smallest(config)
     datasets = build_datasets(config)
@@ -95,26 +96,29 @@ def check_unchanged(config: dict, progress: Callable):
     if times == config["file_times"]:
         return
     files = 2 * sum(len(dataset.pairs) for dataset in datasets.values())
-    contents = read_contents(datasets, progress, workers_before_training(config, files))
+    contents = read_contents(datasets, workers_before_training(config, files))
     if contents != config["file_contents"]:
-        raise changed(config)
+        raise changed_error(config)
     config["file_times"] = times
 
 
-def check_alike(config: dict, progress: Callable):
-    """Compares what all images tell with what they told at the beginning. Means and deviations may differ: they once
-    depended on the number of threads, and on pixels that do not count. DataError."""
-    found = describe(config, progress)
+def check_alike(config: dict):
+    """Compares what all images tell with what they told when an older version began the run. DataError: they differ.
+
+    Means and deviations may differ: they once depended on the number of threads, and on pixels that do not count.
+    """
+    found = describe(config)
     for name in ("channels", "dtype", "classes", "image_size"):
         if found[name] != config[name]:
-            raise changed(config)
-    print(f"{config['data']}: the run is of an earlier version, which did not keep by what to know its images again; make sure "
-          "that they are the same")
+            raise changed_error(config)
+    print(f"{config['data']}: an older version began the run and kept no checksums of its images; make sure that they are the "
+          "same")
     for name in ("file_times", "file_contents", "smallest_image", "not_in_val"):
         config[name] = found[name]
 
 
-def changed(config: dict) -> DataError:
+def changed_error(config: dict) -> DataError:
+    """The error to raise where the images are others."""
     return DataError(f"{config['data']}: the images are not those of the run, as a file was changed, renamed, added or "
                      "removed; put them back, or train anew")
 

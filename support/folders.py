@@ -7,7 +7,7 @@ from pathlib import Path
 from support import checkpoints
 from support.image_files import DataError
 
-CLAIM = checkpoints.UNFINISHED + "run"  # who makes this file has the folder; it is removed once last.pt is there
+CLAIM = checkpoints.UNFINISHED + "run"  # the run that made this file has the folder; it is removed once last.pt is there
 
 
 def check_folder(path: Path):
@@ -16,7 +16,8 @@ def check_folder(path: Path):
     while not there.exists():
         there = there.absolute().parent
     if not there.is_dir() or not os.access(there, os.W_OK):
-        raise DataError(f"--out {path}: cannot be written, as {there} is a file or closed to you; name another --out")
+        raise DataError(f"--out {path}: cannot be written, because {there} is a file, or you may not write there; name another "
+                        "--out")
 
 
 def new_folder(name: str) -> Path:

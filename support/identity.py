@@ -9,7 +9,7 @@ a change of its size, and whose time was then set back. Tools that copy files, s
 import hashlib
 import os
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 
 from torch.utils.data import Dataset
@@ -17,6 +17,7 @@ from torch.utils.data import Dataset
 from support.image_files import DataError
 from support.image_folder import ImageFolder
 from support.loaders import Loader
+from support.options import show_progress
 
 
 def all_files(folders: dict[str, ImageFolder]) -> list[tuple[str, Path]]:
@@ -30,7 +31,7 @@ def all_files(folders: dict[str, ImageFolder]) -> list[tuple[str, Path]]:
 
 
 def checksum(path: Path) -> int:
-    """Of the bytes of a file, which are read 16 MiB at a time. DataError."""
+    """The checksum of a file, which is read 16 MiB at a time. DataError: it cannot be read."""
     value = 0
     try:
         with open(path, "rb") as file:
@@ -66,26 +67,24 @@ def times_of(folders: dict[str, ImageFolder]) -> str:
     return digest(folders, values)
 
 
-def contents_of(folders: dict[str, ImageFolder], checksums: Iterable[int]) -> str:
-    """Stands for the names and the contents of all files. checksums: one for each file, in the order of all_files."""
-    return digest(folders, checksums)
-
-
 def digest(folders: dict[str, ImageFolder], values: Iterable) -> str:
     """A short text that stands for the names of all files, and a value for each. The folder in which they all are may
-    have any name."""
+    have any name. values: in the order of all_files; with checksums, the text stands for the contents of all files."""
     text = ""
     for (split, path), value in zip(all_files(folders), values, strict=True):
         text += f"{split} {path.name} {value}\n"
     return hashlib.sha256(os.fsencode(text)).hexdigest()
 
 
-def read_contents(folders: dict[str, ImageFolder], progress: Callable, workers: int) -> str:
-    """The same as contents_of, from reading all files, in so many worker processes. DataError."""
+def read_contents(folders: dict[str, ImageFolder], workers: int) -> str:
+    """The text that stands for the names and the contents of all files, which are read by this number of processes.
+
+    DataError: a file cannot be read.
+    """
     files = all_files(folders)
     checksums = []
     for value in Loader(Checksums(files), batch_size=None, num_workers=workers):
         checksums.append(value)
-        progress(f"comparing file {len(checksums)} of {len(files)}")
-    progress("")
-    return contents_of(folders, checksums)
+        show_progress(f"comparing file {len(checksums)} of {len(files)}")
+    show_progress("")
+    return digest(folders, checksums)

@@ -33,15 +33,15 @@ def open_picture(path: Path) -> tuple[Image.Image, str]:
             if picture.format == "TIFF":
                 check_tiff(picture, path)
             if picture.format == "PPM" and picture.tile[0][0] != "raw":
-                raise DataError(f"{path}: text, or a largest value other than 255, or more than 8 bits of colour, which "
-                                "Pillow scales; save it as PNG or .npy")
+                raise DataError(f"{path}: Pillow changes the numbers of such a PPM or PGM (it is text, its largest value is "
+                                "not 255, or its colours have more than 8 bits); save it as PNG or .npy")
             stored = how_stored(picture)
             picture.load()
     except DataError:
         raise
     except Image.UnidentifiedImageError:
         if path.suffix.lower() in (".tif", ".tiff"):
-            raise needs_array(path, "no TIFF, or of a kind that Pillow does not read") from None
+            raise needs_array_error(path, "no TIFF, or of a kind that Pillow does not read") from None
         raise DataError(f"{path}: cannot be read (no PNG, JPEG or TIFF); replace it, or do without it") from None
     except Exception as error:  # a damaged file fails in as many ways as there are places in it
         raise DataError(f"{path}: cannot be read ({error}); replace it, or do without it") from None
@@ -62,16 +62,17 @@ def check_tiff(picture: Image.Image, path: Path):
     bands = tags.get(Tag.SamplesPerPixel, 1)
     bands_read = len(picture.getbands())
     if bands > bands_read:
-        raise needs_array(path, f"a TIFF of {bands} bands, of which Pillow reads {bands_read}")
+        raise needs_array_error(path, f"a TIFF of {bands} bands, of which Pillow reads {bands_read}")
     if bands > 1 and max(tags[Tag.BitsPerSample]) > 8:
-        raise needs_array(path, f"a TIFF of {bands} bands of more than 8 bits, of which Pillow reads 8")
+        raise needs_array_error(path, f"a TIFF of {bands} bands of more than 8 bits, of which Pillow reads 8")
     signed = 2 in tags.get(Tag.SampleFormat, ())
     if picture.mode in ("La", "LAB") or (picture.mode == "L" and signed):
-        raise needs_array(path, "a TIFF of Lab colours, signed bytes or multiplied transparency, which Pillow changes")
+        raise needs_array_error(path, "a TIFF of Lab colours, of signed bytes or of premultiplied transparency, whose numbers "
+                                "Pillow changes")
     if picture.mode in ("I", "F") and tags.prefix == b"MM" and picture.info["compression"] != "raw":
-        raise needs_array(path, "a compressed TIFF with the high byte first, which Pillow turns round")
+        raise needs_array_error(path, "a compressed TIFF with the high byte first, whose bytes Pillow swaps")
     if count_pages(picture) > 1:
-        raise needs_array(path, f"a TIFF of {count_pages(picture)} pages, of which Pillow reads one")
+        raise needs_array_error(path, f"a TIFF of {count_pages(picture)} pages, of which Pillow reads one")
 
 
 def count_pages(picture: Image.Image) -> int:
@@ -86,7 +87,8 @@ def count_pages(picture: Image.Image) -> int:
     return pages
 
 
-def needs_array(path: Path, what: str) -> DataError:
+def needs_array_error(path: Path, what: str) -> DataError:
+    """The error to raise where a file is of a kind that Pillow does not read as it is."""
     return DataError(f"{path}: {what}; make an .npy of it, with the package tifffile: import numpy, tifffile; "
                      f"numpy.save({str(path.with_suffix('.npy'))!r}, tifffile.imread({str(path)!r}))")
 

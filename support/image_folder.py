@@ -40,7 +40,10 @@ def say_once(line: str):
 
 
 def find_files(folder: Path, ending: str = "") -> dict[str, Path]:
-    """The images of a folder by their names, without `ending`. DataError."""
+    """The images of a folder by their names, without `ending`.
+
+    DataError: there is no such folder, a file is of a kind that cannot be read, or two files have the same name.
+    """
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder; images belong in DIR/train/images and masks in DIR/train/masks, and "
                         "the same in DIR/val and DIR/test if these are there")
@@ -83,8 +86,13 @@ def match(images: dict[str, Path], masks: dict[str, Path], folder: Path) -> dict
     """The pairs by their names. DataError: there are none, or one of a pair is missing."""
     if not images:
         raise DataError(f"{folder}: no image ({', '.join(PICTURES)}, .npy); convert others to one of these")
-    for name in sorted(images.keys() ^ masks.keys()):
-        path, other = (images[name], "mask") if name in images else (masks[name], "image")
+    unmatched = sorted(images.keys() ^ masks.keys())
+    if unmatched:
+        name = unmatched[0]
+        if name in images:
+            path, other = images[name], "mask"
+        else:
+            path, other = masks[name], "image"
         raise DataError(f"{path}: there is no {other} named {name}; the two files of a pair have the same name, so add or "
                         "rename it, or remove this file")
     return {name: (images[name], masks[name]) for name in images}
@@ -128,15 +136,14 @@ def find_deepglobe(root: Path, seed: int) -> dict[str, list[Pair]]:
     for line in SPLIT_OF_THE_LITERATURE.read_text().splitlines():
         identity, name = line.split()
         known[identity] = name
-    split = {name: [] for name in SPLITS}
-    for identity, pair in pairs.items():
-        if identity not in known:
-            return complete({"train": list(pairs.values())}, root, seed)
-        split[known[identity]].append(pair)
-    if not all(split.values()):
-        return complete({"train": list(pairs.values())}, root, seed)
-    say_once(f"{root}: {len(pairs)} pairs in the split of the literature")
-    return split
+    if pairs.keys() <= known.keys():
+        split = {name: [] for name in SPLITS}
+        for identity, pair in pairs.items():
+            split[known[identity]].append(pair)
+        if all(split.values()):
+            say_once(f"{root}: {len(pairs)} pairs in the split of the literature")
+            return split
+    return complete({"train": list(pairs.values())}, root, seed)
 
 
 def complete(split: dict[str, list[Pair]], root: Path, seed: int) -> dict[str, list[Pair]]:

@@ -17,8 +17,8 @@ from support.image_files import DataError
 from support.loss import IGNORE
 
 MOST_WORKERS = 4  # by default: each holds a few batches in memory
-WORKER_DIED = ("a process that reads images has died, perhaps as the memory, or its shared part in /dev/shm, is full; take "
-               "fewer --workers, or 0")
+WORKER_DIED = ("a process that reads images has died, perhaps because the memory, or its shared part in /dev/shm, is full; "
+               "take fewer --workers, or 0")
 
 
 class Loader(DataLoader):
@@ -43,7 +43,7 @@ class Loader(DataLoader):
                 batch = next_batch(batches)
         finally:
             if self.num_workers > 0:
-                batches._shutdown_workers()  # after an error PyTorch leaves it to the garbage collector, and waits for long
+                batches._shutdown_workers()  # else, after an error, PyTorch would wait long for the garbage collector
 
 
 def next_batch(batches: Iterator) -> tuple[Tensor, Tensor] | None:
@@ -84,9 +84,12 @@ def make_loaders(datasets: dict[str, Dataset], config: dict, order: torch.Genera
 
 
 def number_of_workers(config: dict, dataset: Dataset) -> int:
-    """None for whole arrays, of which only the tile at hand is read as long as no worker reads them. Else as --workers
-    says. By default none for synthetic images, which are made in no time. For pictures, and for windows of arrays, one for
-    each CPU core of this process, but at most MOST_WORKERS."""
+    """How many worker processes read the images of a data set.
+
+    0 for whole arrays, of which only the tile at hand is read as long as no worker reads them. Otherwise what --workers
+    says. Without --workers, 0 for synthetic images, which are made in no time; and for pictures, and for windows of arrays,
+    one for each CPU core of this process, but at most MOST_WORKERS.
+    """
     if config["dataset"] != "synthetic":
         first_image, _ = dataset.pairs[0]
         if first_image.suffix.lower() == ".npy" and dataset.crop is None:
@@ -99,8 +102,10 @@ def number_of_workers(config: dict, dataset: Dataset) -> int:
 
 
 def workers_before_training(config: dict, files: int) -> int:
-    """How many processes look at so many files, or pairs of them, before training, while the GPUs wait. As --workers says;
-    by default one for each CPU core, but at most MOST_WORKERS."""
+    """How many processes look at the files before training, while the GPUs wait. files: how many files there are, or pairs.
+
+    As many as --workers says; by default one for each CPU core, but at most MOST_WORKERS.
+    """
     workers = config["workers"]
     if workers is None:
         workers = min(os.cpu_count(), MOST_WORKERS)
@@ -115,9 +120,13 @@ def collate(pairs: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
     return default_collate(pairs)
 
 
-def ignore_surplus_images(loader: DataLoader) -> Iterator[tuple[Tensor, Tensor]]:
-    """The batches of training images. Where a batch has fewer images than there are groups of processes, those without an
-    image of their own take part with an image that does not count: all of its mask is IGNORE."""
+def mask_out_fillers(loader: DataLoader) -> Iterator[tuple[Tensor, Tensor]]:
+    """The batches of training images, in which fillers do not count.
+
+    All processes must make the same number of steps, or they would wait for each other for ever. So where a batch has fewer
+    images than there are groups of processes, the groups that are left without one get a filler (see Shares in
+    processes.py). Here all of its mask becomes IGNORE.
+    """
     images_left = len(loader.dataset)
     for images, masks in loader:
         if processes.group() >= images_left:

@@ -9,7 +9,7 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
-from PIL import Image  # comes with matplotlib, which reads a palette as colours where a mask needs its indices
+from PIL import Image  # comes with matplotlib; that itself would read a palette as colours, but a mask needs the indices
 
 from support.image_files import DataError, blocks, open_array, open_picture, picture_to_array, pixels_of
 from support.loss import IGNORE
@@ -74,7 +74,7 @@ def picture_to_mask(path: Path) -> np.ndarray:
 
 
 def grey_step(stored: str) -> int:
-    """How far Pillow draws apart the grey values of a picture of 2 or 4 bits, so that the last one is 255."""
+    """The step between grey values, which Pillow multiplies in pictures of 2 or 4 bits so that the last one is 255."""
     if stored.startswith("L;2"):
         return 85
     if stored.startswith("L;4"):
@@ -95,12 +95,12 @@ def equal_bands(picture: Image.Image) -> np.ndarray | None:
     for band in bands[1:]:
         if not np.array_equal(first, band):
             return None
-    return first.copy()  # that of Pillow cannot be written to, of which PyTorch warns
+    return first.copy()  # Pillow's array cannot be written to, and PyTorch warns of that
 
 
 def mask_colors(path: Path) -> list[tuple[int, int, int]]:
-    """Red, green and blue of each index of a mask with a palette. Empty for other masks, and if all that it shows are the
-    indices as grey values."""
+    """Red, green and blue of each index of a mask with a palette. Empty if it has none, or one that shows each index as
+    that grey value."""
     if path.suffix.lower() == ".npy":
         return []
     picture, _ = open_picture(path)
@@ -129,8 +129,10 @@ def read_deepglobe_mask(path: Path) -> np.ndarray:
 # What the numbers tell
 
 def count_pixels(mask: np.ndarray, path: Path, classes: int) -> Counter:
-    """How many pixels each value has: class indices, and IGNORE. DataError: a value is neither of 0 ... classes - 1 nor
-    IGNORE; or see `check_regions`."""
+    """How many pixels each value has: class indices, and IGNORE.
+
+    DataError: a value is neither from 0 to classes - 1 nor IGNORE; or `check_regions` refuses the mask.
+    """
     pixels = Counter()
     for block in blocks(mask):
         values = block[block != IGNORE]
@@ -160,7 +162,8 @@ def drawn_in_white(pixels: Counter) -> bool:
     return set(pixels) == {0, IGNORE}
 
 
-def single_class(folder: Path) -> DataError:
+def single_class_error(folder: Path) -> DataError:
+    """The error to raise where all masks hold 0 alone, or 0 and IGNORE."""
     return DataError(f"{folder}: the masks know a single class, 0; save the others as 1, 2, ... (a pixel of {IGNORE} does "
                      "not count: if it shall be a class, save it as 1)")
 

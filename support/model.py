@@ -20,8 +20,8 @@ def build_model(channels: int, classes: int, width: int = 8, depth: int = 3, com
 
     width: channels at full resolution; depth: how often the encoder halves the resolution; comm_channels: K, at most
     width * 2^depth, or 0 for tiles that know nothing of each other; dilations: of each convolution of the communication
-    network; dropout: probability with which a channel is left out; norm: makes the normalisation of encoder and decoder
-    for a number of channels.
+    network; dropout: probability with which a channel is left out; norm: a function of the number of channels, which makes
+    the normalisation of encoder and decoder, for group norm: def norm(channels): return nn.GroupNorm(4, channels).
     """
     encoder = Encoder(channels, width, depth, dropout, norm)
     decoder = Decoder(classes, width, depth, dropout, norm)
@@ -71,7 +71,10 @@ def as_words(value: int | list[int]) -> str:
 
 
 def load_model(path: Path) -> tuple[DecomposedUNet, dict]:
-    """The network of a checkpoint, on the CPU and in evaluation mode, and its configuration. CheckpointError."""
+    """The network of a checkpoint, on the CPU and in evaluation mode, and its configuration.
+
+    CheckpointError: the file is missing or damaged, or its weights do not fit its configuration.
+    """
     state = checkpoints.load(path)
     config = state["config"]
     try:

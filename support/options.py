@@ -38,17 +38,22 @@ class Parser(argparse.ArgumentParser):
 # Types of options
 
 def number(smallest, kind=int, largest=math.inf):
-    """An argparse type: a finite number from `smallest` to `largest`."""
-    def parse(text: str):
+    """An argparse type: a finite number from `smallest` to `largest`, which is a whole one if `kind` is int."""
+    wanted = "a whole number" if kind is int else "a number"
+    if largest == math.inf:
+        wanted += f" of at least {smallest}"
+    else:
+        wanted += f" from {smallest} to {largest}"
+
+    def parse_number(text: str):
         try:
             value = kind(text)
         except ValueError:
             value = math.nan
         if not smallest <= value <= largest or value == math.inf:
-            limit = "or more" if largest == math.inf else f"to {largest}"
-            raise argparse.ArgumentTypeError(f"{text!r} is not a number of {smallest} {limit}")
+            raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
         return value
-    return parse
+    return parse_number
 
 
 def pair(text: str) -> tuple[int, int]:
@@ -56,7 +61,7 @@ def pair(text: str) -> tuple[int, int]:
     first, _, second = text.partition("x")
     for side in (first, second):
         if not side.isdecimal() or not 1 <= int(side) <= LARGE:
-            raise argparse.ArgumentTypeError(f"{text!r} is not two numbers of 1 to {LARGE}, as in 2x3")
+            raise argparse.ArgumentTypeError(f"{text!r} is not two whole numbers from 1 to {LARGE}, as in 2x3")
     return int(first), int(second)
 
 
@@ -71,7 +76,10 @@ def class_weight(text: str) -> float | str:
     """An argparse type: "balanced", or a number of 0 or more."""
     if text == "balanced":
         return text
-    return number(0, float)(text)
+    try:
+        return number(0, float)(text)
+    except argparse.ArgumentTypeError as error:
+        raise argparse.ArgumentTypeError(f"{error}, nor the word balanced") from None
 
 
 # Defaults that depend on the machine
@@ -90,8 +98,9 @@ def default_grid(gpus: int) -> tuple[int, int]:
     best = (1, gpus)
     for tiles in (gpus, 2 * gpus):
         for rows in range(1, math.isqrt(tiles) + 1):
-            if tiles % rows == 0 and tiles // rows / rows < best[1] / best[0]:
-                best = (rows, tiles // rows)
+            columns = tiles // rows
+            if tiles % rows == 0 and columns / rows < best[1] / best[0]:
+                best = (rows, columns)
     return best
 
 
@@ -102,10 +111,10 @@ def make_parser(description: str) -> Parser:
     option, unset = parser.add_argument, argparse.SUPPRESS
     option("--dataset", choices=["synthetic", "folder", "deepglobe"], default="synthetic", help="what to learn: lines "
            "between circles, images and masks of your own, or DeepGlobe's land cover")
-    option("--data", type=Path, default=None, metavar="DIR", help="folder of your own images or of DeepGlobe's; "
-           "docs/own-images.md tells the layout; with --resume, where they are now")
-    option("--crop", type=size, default=None, metavar="N|HxW", help="learn from windows of this size, somewhere else each "
-           "time (default: whole images)")
+    option("--data", type=Path, default=None, metavar="DIR", help="folder of the images and masks, as "
+           "docs/own-images.md tells; with --resume, the folder in which they are now")
+    option("--crop", type=size, default=None, metavar="N|HxW", help="learn from windows of this size, cut at another "
+           "place each time (default: whole images)")
     option("--augment", action=argparse.BooleanOptionalAction, default=True, help="flip images from a folder at random, "
            "and turn square ones")
     option("--workers", type=number(0, largest=LARGE), default=None, metavar="N", help="processes that read images ahead, "
@@ -124,24 +133,24 @@ def make_parser(description: str) -> Parser:
            "exchange; 0: they know nothing of each other")
     option("--dilations", type=number(1, largest=1024), nargs="+", default=[1, 1, 1], metavar="N", help="dilation of "
            "each convolution of the communication network; together they see 2 * sum * 2^depth pixels to every side")
-    option("--dropout", type=number(0, float), default=0.0, help="probability of a channel to be left out")
+    option("--dropout", type=number(0, float), default=0.0, help="probability with which a channel is left out")
     option("--image-size", type=size, default=unset, metavar="N|HxW", help="pixels of the synthetic images (default: 64)")
     option("--train-images", type=number(1, largest=2**31), default=unset, metavar="N", help="synthetic images to learn "
            "from; validation and test have an eighth each (default: 2400)")
     option("--epochs", type=number(0), default=4, help="passes over the training images; 0: only evaluate")
     option("--batch-size", type=number(1, largest=LARGE), default=16, help="images per step")
-    option("--class-weights", type=class_weight, nargs="+", default=None, metavar="W", help="what the classes weigh in "
-           "the loss: a number for each, or balanced, which is inverse to their pixels in the training masks (default: all "
-           "the same)")
+    option("--class-weights", type=class_weight, nargs="+", default=None, metavar="W", help="weight of each class in "
+           "the loss: a number for each, or balanced, with which rare classes weigh more (default: all the same)")
     option("--lr", type=number(0, float), default=0.015, help="peak of the one-cycle learning rate")
-    option("--freeze-batch-norm", type=number(0, float, 1), default=0.5, metavar="PART", help="part of the training steps "
-           "after which batch norm keeps its running statistics and uses them, as it will in evaluation; 1: never, as in "
-           "the paper")
-    option("--recompute", action="store_true", help="forget every tile's activations and compute them again when they "
-           "are needed: memory for one tile per GPU, whatever the image")
+    option("--freeze-batch-norm", type=number(0, float, 1), default=0.5, metavar="PART", help="after this part of the "
+           "training steps, batch norm keeps its running statistics and uses them, as in evaluation; 1: never, as in the "
+           "paper")
+    option("--recompute", action="store_true", help="forget the activations of each tile and compute them again when "
+           "they are needed, so that a GPU holds those of one tile at a time")
     option("--amp", action=argparse.BooleanOptionalAction, default=unset, help="compute in bfloat16, with weights, "
            "statistics and sums in float32 (default: where the hardware has it; plan.py: yes)")
-    option("--seed", type=number(0, largest=2**63 - 1), default=0, help="of images, weights, dropout and order")
+    option("--seed", type=number(0, largest=2**63 - 1), default=0, help="seed of the images, the weights, "
+           "dropout and the order")
     option("--out", type=Path, default=unset, help="folder of the run (default: a new one in runs/)")
     return parser
 
@@ -152,14 +161,12 @@ def parse(arguments: list[str] | None, parser: Parser, **defaults) -> dict:
     the options that may be given with it."""
     config = {**defaults, **vars(parser.parse_args(arguments))}
     if config.get("resume"):
-        words = sys.argv[1:] if arguments is None else arguments
-        return {"resume": str(config["resume"]), "changes": changes_of_run(words, config, parser)}
+        changes = changes_of_run(options_given(arguments), config, parser)
+        return {"resume": str(config["resume"]), "changes": changes}
 
     gpus = config.get("gpus", processes.gpus_each())
     config.setdefault("grid", default_grid(gpus * config["image_processes"]))
-    rows, columns = config["grid"]
-    tiles_each = math.ceil(rows * columns / config["image_processes"])
-    config.setdefault("gpus", min(gpus, tiles_each))
+    config.setdefault("gpus", min(gpus, tiles_each(config)))
     config.setdefault("amp", has_bfloat16())
     check_network(config, parser)
     check_data(config, parser)
@@ -171,15 +178,31 @@ def parse(arguments: list[str] | None, parser: Parser, **defaults) -> dict:
     return config
 
 
-def changes_of_run(words: list[str], config: dict, parser: Parser) -> dict:
-    """The options that are given with --resume. words: of the command line; config: every option with its value."""
-    changes = {}
+def options_given(arguments: list[str] | None) -> list[str]:
+    """The options on the command line, without their values: --data for example."""
+    words = sys.argv[1:] if arguments is None else arguments
+    given = []
     for word in words:
-        option, _, _ = word.partition("=")
+        if word.startswith("--"):
+            option, _, _ = word.partition("=")
+            given.append(option)
+    return given
+
+
+def tiles_each(config: dict) -> int:
+    """The most tiles of an image that one process computes."""
+    rows, columns = config["grid"]
+    return math.ceil(rows * columns / config["image_processes"])
+
+
+def changes_of_run(options: list[str], config: dict, parser: Parser) -> dict:
+    """What is changed by the options that are given with --resume. config: every option with its value."""
+    changes = {}
+    for option in options:
         if option in WITH_RESUME:
             name = option.removeprefix("--").replace("-", "_")
             changes[name] = config[name]
-        elif option.startswith("-") and option != "--resume":
+        elif option != "--resume":
             parser.error("--resume goes on with the options of the run; give it alone, or with "
                          f"{', '.join(WITH_RESUME)}, but without {option}; to train longer or otherwise, begin a new run "
                          "with its weights: --init RUN/best.pt")
@@ -194,10 +217,9 @@ def check_network(config: dict, parser: Parser):
     if config["image_processes"] > tiles:
         parser.error(f"--image-processes {config['image_processes']}, but --grid {rows}x{columns} has only {tiles} tiles: "
                      "take fewer processes or a finer grid")
-    tiles_each = math.ceil(tiles / config["image_processes"])
-    if config["gpus"] > tiles_each:
-        parser.error(f"--gpus {config['gpus']}, but --grid {rows}x{columns} has only {tiles_each} tiles for each process: "
-                     "take fewer GPUs or a finer grid")
+    if config["gpus"] > tiles_each(config):
+        parser.error(f"--gpus {config['gpus']}, but --grid {rows}x{columns} has only {tiles_each(config)} tiles for each "
+                     "process: take fewer GPUs or a finer grid")
     coarse_channels = config["width"] * 2 ** config["depth"]
     if config["comm_channels"] > coarse_channels:
         parser.error(f"--comm-channels {config['comm_channels']}, but the coarse map of --width {config['width']} and "
@@ -244,7 +266,7 @@ def choose_folder(config: dict, parser: Parser):
     config.setdefault("out", None)
     if not processes.CAN_RESTART:
         return
-    if processes.REMEMBERS:
+    if processes.KEEPS_ADDRESSES:
         parser.error("torchrun --max-restarts: set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in front of it, or a restart may "
                      "find stale addresses (PyTorch issue 135712)")
     if config["out"] is None:
@@ -257,8 +279,8 @@ def choose_folder(config: dict, parser: Parser):
 
 def explain(error: OSError, path: Path) -> str:
     """One line for a file or folder that cannot be used; `path`, if the error names none."""
-    return (f"{error.filename or path}: {error.strerror or error}; it must be open to you and its disk have space, or name "
-            "another")
+    return (f"{error.filename or path}: {error.strerror or error}; see that you may use it and that its disk has space, or "
+            "name another")
 
 
 def show_progress(text: str):

@@ -5,7 +5,7 @@
     scans/2020/tile.png  ->  DIR/2020/tile.png, DIR/2020/tile-overlay.png
     scans/2021/tile.png  ->  DIR/2021/tile.png, DIR/2021/tile-overlay.png
 
-So below --out the images keep the shape of their folders, seen from the innermost folder that holds all that was named.
+So --out gets the subfolders that the images have, relative to the innermost folder that holds all that was named.
 """
 
 import functools
@@ -25,10 +25,10 @@ from decompose import Box
 from support import plots
 from support.checkpoints import atomic_write
 from support.image_files import PICTURES, DataError, blocks
-from support.mask_files import classes_in, count_pixels, drawn_in_white, read_deepglobe_mask, read_mask, single_class
-from support.values import Extremes, is_finite, range_remark
 from support.image_folder import UNREADABLE, find_files, name_of
 from support.loss import IGNORE
+from support.mask_files import classes_in, count_pixels, drawn_in_white, read_deepglobe_mask, read_mask, single_class_error
+from support.values import Extremes, is_finite, range_line
 
 IMAGE_ENDING, MASK_ENDING = "_sat", "_mask"  # of the names of DeepGlobe's files
 
@@ -37,8 +37,8 @@ IMAGE_ENDING, MASK_ENDING = "_sat", "_mask"  # of the names of DeepGlobe's files
 class Job:
     """One image to segment.
 
-    image: its file. place: its path from the folder that holds all that was named. name: that which its true mask also
-    has. written: the files to write, by what they hold. truth: the file of its true mask, if there is one.
+    image: its file. place: its path from the folder that holds all that was named. name: the name that its true mask
+    also has. written: the files to write, by what they hold. truth: the file of its true mask, if there is one.
     """
 
     image: Path
@@ -84,7 +84,7 @@ def images_in(folder: Path, deepglobe: bool) -> list[Path]:
         below = path.relative_to(folder)
         if path.is_dir() or any(part.startswith(".") for part in below.parts):
             continue
-        if path.suffix.lower() in (*PICTURES, ".npy", *UNREADABLE):  # what cannot be read is named when its turn comes
+        if path.suffix.lower() in (*PICTURES, ".npy", *UNREADABLE):  # an unreadable one is named later, when its turn comes
             images.append(path)
         else:
             left_out.append(path)
@@ -189,7 +189,7 @@ def check_values(image: np.ndarray, path: Path, config: dict):
         print(f"{path}: {lost} numbers are nan, inf or beyond 1e38; they are taken as the mean of the training images")
     if config.get("range") is None:  # of synthetic images, or an older checkpoint
         return
-    remark = range_remark(extremes.value_range(), config["range"])
+    remark = range_line(extremes.value_range(), config["range"])
     if remark:
         print(f"{path}: {remark}")
 
@@ -205,7 +205,7 @@ def read_truth(path: Path, size: tuple[int, int], config: dict) -> np.ndarray:
     if not classes_in(pixels):
         raise DataError(f"{path}: no pixel counts; give a mask with a class")
     if drawn_in_white(pixels) and not deepglobe and all_drawn_in_white(path.parent):
-        raise single_class(path.parent)
+        raise single_class_error(path.parent)
     return truth
 
 

@@ -26,7 +26,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import BatchSampler, Sampler
 
 CAN_RESTART = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"  # torchrun --max-restarts
-REMEMBERS = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # after a restart, the addresses of before
+# Whether torchrun, after a restart, hands out the addresses of before it.
+KEEPS_ADDRESSES = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))  # which process of this machine
 
 image_processes = 1  # how many processes share the tiles of an image
@@ -42,7 +43,7 @@ def together():
             backend = "cpu:gloo,cuda:nccl"
         dist.init_process_group(backend)
     yield
-    if dist.is_initialized():  # not after an error: to wait for processes that wait for this one takes for ever
+    if dist.is_initialized():  # not reached after an error, when the others may wait for this process for ever
         dist.destroy_process_group()
 
 
@@ -85,13 +86,13 @@ def group() -> int:
 
 
 def own_tiles(tiles: int) -> range:
-    """The numbers of the tiles that this process computes, of so many tiles of an image."""
+    """The numbers of the tiles that this process computes. tiles: how many an image has."""
     return range(rank() % image_processes, tiles, image_processes)
 
 
 class SumOverGroup(torch.autograd.Function):
-    """Adds up x over the processes of a group. The gradients are added up in the same way, as each process only knows what
-    its own tiles make of the sum.
+    """Adds up x over the processes of a group. The gradients are added up in the same way, because each process knows only
+    the part of the gradient that comes from its own tiles.
 
     This is not all_reduce_sum below: there every process makes the same of the sum, and so knows its whole gradient.
     """
@@ -152,8 +153,8 @@ def is_lost(error: Exception) -> bool:
 
 
 def from_first(function: Callable, *arguments):
-    """What function(*arguments) returns in the first process, in every process. Only the first one calls it; if it fails
-    there, it says why, and the others end."""
+    """Calls function(*arguments) in the first process only, and returns what it returned in every process. If it fails, the
+    first process says why, and the others end."""
     if not dist.is_initialized():
         return function(*arguments)
     patient = dist.new_group(backend="gloo", timeout=timedelta(hours=12))  # the first may have many images to look at
@@ -173,8 +174,11 @@ def from_first(function: Callable, *arguments):
 
 class Shares(Sampler):
     """The share of one group in every batch: its images group, group + groups, ... The batches are those of a single
-    process, so a run can go on with any number of processes. Of a last batch with fewer images than groups, those that
-    are left without one get its first image. It does not count in the loss, but it does in their running statistics."""
+    process, so a run can go on with any number of processes.
+
+    The last batch may have fewer images than there are groups. Then the groups that are left without one get its first
+    image as a filler, which counts in their running statistics, but not in the loss (see mask_out_fillers in loaders.py).
+    """
 
     def __init__(self, batches: BatchSampler):
         self.batches = batches
@@ -184,7 +188,10 @@ class Shares(Sampler):
 
     def __iter__(self) -> Iterator[list[int]]:
         for batch in self.batches:
-            yield batch[group()::groups()] or batch[:1]
+            share = batch[group()::groups()]
+            if not share:
+                share = batch[:1]
+            yield share
 
 
 def seed(number: int, epoch: int):
@@ -198,7 +205,7 @@ def parallel(model: nn.Module) -> nn.Module:
     """The model to train with. In the backward pass it averages the gradients of all processes."""
     if not dist.is_initialized():
         return model
-    warnings.filterwarnings("ignore", "Grad strides do not match")  # of a 1x1 convolution, where all orders are one
+    warnings.filterwarnings("ignore", "Grad strides do not match")  # of a 1x1 convolution, for which all memory formats are one
     with warnings.catch_warnings():  # PyTorch 2.13 has another name for broadcast_buffers, which 2.11 does not know
         warnings.simplefilter("ignore", FutureWarning)
         return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
@@ -233,7 +240,7 @@ def average_buffers(model: nn.Module):
 
 
 def memory_gib() -> float:
-    """Nine tenths of the smallest GPU's memory, or of the machine's if there is no GPU: what a step may need."""
+    """The memory that a step may need: nine tenths of that of the smallest GPU, or of the machine if there is no GPU."""
     if torch.cuda.is_available():
         sizes = [torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count())]
     else:

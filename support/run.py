@@ -1,8 +1,8 @@
 """A run: what training changes, kept so that it can go on after an interruption, and what it leaves in its folder.
 
     last.pt           after every epoch: all that --resume needs to go on as if nothing had happened
-    best.pt           the network of the epoch with the best mean IoU on the validation images, or of the last epoch, if
-                      these images lack a class that is to be learned; and the number of that epoch
+    best.pt           the network of the epoch with the best mean IoU on the validation images, and the number of that
+                      epoch. If these images lack a class that is to be learned, it is the last epoch instead
     log.csv           a row for each epoch
     metrics.json      at the end: the options, the scores, time and memory
     curves.png        losses and scores of the epochs
@@ -139,10 +139,10 @@ class Run:
             return 0
         return self.best["epoch"]
 
-    def keep_best(self, validation: dict):
-        """Saves the run to last.pt, and then its network to best.pt if the validation scores are the best so far.
+    def save_last_and_best(self, validation: dict):
+        """Saves the run to last.pt, and then its network to best.pt if these validation scores are the best so far.
 
-        In this order, `repair_best` can undo a kill between the two.
+        If the program is killed between the two, `repair_best` mends it.
         """
         better = self.is_best(validation)
         if better:
@@ -152,10 +152,11 @@ class Run:
             self.save_best()
 
     def is_best(self, validation: dict) -> bool:
-        """Whether these are the best validation scores so far. Of equal ones the later are, as more was learned.
+        """Whether these are the best validation scores so far. If two epochs have equal scores, the later one is better,
+        because more was learned.
 
-        Where a class does not occur in the validation masks, the last of all are: the best would be those of a network
-        that never finds this class.
+        If a class does not occur in the validation masks, the later epoch is always better. Otherwise the best could be a
+        network that never finds this class.
         """
         if self.best is None or self.config.get("not_in_val"):
             return True
@@ -184,7 +185,7 @@ class Run:
         row |= {"val_mean_iou": validation["mean_iou"], "learning_rate": learning_rate, "train_seconds": train_seconds,
                 "seconds_waited": seconds_waited, "seconds": seconds}
         self.rows.append(row)
-        self.keep_best(validation)
+        self.save_last_and_best(validation)
         self.write_log()
 
         show_progress("")
@@ -203,7 +204,10 @@ class Run:
         metrics: test scores and other numbers; pictures: the columns of predictions.png; boxes: the tiles of each row.
         """
         seconds = [row["train_seconds"] for row in self.rows]
-        per_step = statistics.median(seconds) * len(seconds) / self.schedule.last_epoch if seconds else None
+        per_step = None
+        if self.rows:
+            steps_per_epoch = self.schedule.last_epoch / len(self.rows)
+            per_step = statistics.median(seconds) / steps_per_epoch
         metrics = {
             "config": self.config,
             "parameters": sum(weight.numel() for weight in self.model.parameters()),
@@ -232,15 +236,19 @@ class Run:
             plots.draw_predictions(unfinished, pictures, boxes, classes, colors)
 
     def print_result(self, metrics: dict):
-        chosen = "last" if self.config.get("not_in_val") else "best"
-        print(f"\ntest IoU of the {chosen} epoch, in {metrics['seconds']:.0f} seconds:")
+        chosen = "the best epoch"
+        if not self.rows:
+            chosen = "the network before training"
+        elif self.config.get("not_in_val"):
+            chosen = "the last epoch"
+        print(f"\ntest IoU of {chosen}, in {metrics['seconds']:.0f} seconds:")
         for name, score in metrics["test"]["iou"].items():
             print(f"  {name:12} {score:.4f}")
         print(f"  {'mean':12} {metrics['test']['mean_iou']:.4f}")
         for line in remarks(metrics["test"], self.config):
             print(line)
         loss = metrics["loss_of_training_images"]
-        print(compare_losses(loss["training_mode"], loss["evaluation_mode"], self.config["freeze_batch_norm"]))
+        print(losses_line(loss["training_mode"], loss["evaluation_mode"], self.config["freeze_batch_norm"]))
         if metrics["seconds_waited"] > 0.1 * metrics["train_seconds"]:
             print(waiting_line(metrics["seconds_waited"], metrics["train_seconds"]))
         if processes.is_first():
@@ -248,7 +256,7 @@ class Run:
             print(f"See {self.out}: {', '.join(names)}")
 
 
-def compare_losses(trained: float, used: float, freeze_batch_norm: float) -> str:
+def losses_line(trained: float, used: float, freeze_batch_norm: float) -> str:
     """A line that compares the loss of training images in training mode and in evaluation mode, and names the remedy if
     it is much higher in evaluation mode."""
     line = f"loss of training images: {trained:.4f} as trained, {used:.4f} in evaluation mode"

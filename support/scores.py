@@ -19,12 +19,12 @@ def confusion(predicted: Tensor, mask: Tensor, near_seam: Tensor, classes: int) 
     predicted, mask: (B,h,w) class indices; near_seam: (h,w), which pixels are near a seam.
     Returns (2,L,L): first the pixels away from seams, then those near one; rows are true classes, columns predicted ones.
     """
-    bins = 2 * classes * classes
-    place = (near_seam * classes + mask.long()) * classes + predicted
-    place = place.where(mask != IGNORE, bins).flatten()  # pixels that do not count go to one more bin, at the end
-    counts = place.new_zeros(bins + 1)
-    counts.scatter_add_(0, place, torch.ones_like(place))  # torch.bincount would make the loop wait for each GPU
-    return counts[:bins].view(2, classes, classes)
+    number_of_bins = 2 * classes * classes
+    bins = (near_seam * classes + mask.long()) * classes + predicted  # the bin in which each pixel is counted
+    bins = bins.where(mask != IGNORE, number_of_bins).flatten()  # one more, at the end, for those that do not count
+    counts = bins.new_zeros(number_of_bins + 1)
+    counts.scatter_add_(0, bins, torch.ones_like(bins))  # torch.bincount would make the loop wait for each GPU
+    return counts[:number_of_bins].view(2, classes, classes)
 
 
 def pixels_near_seam(tiling: Tiling, i: int, device: torch.device) -> Tensor:
@@ -78,7 +78,7 @@ def scores(counts: Tensor, classes: list[str]) -> dict:
 
 
 def remarks(found: dict, config: dict) -> list[str]:
-    """Lines on what the numbers of `scores` do not show. They are silent about classes that training never saw."""
+    """Lines about what the numbers of `scores` do not show. They do not name classes that training never saw."""
     pixels_learned = config.get("class_pixels", [1] * len(config["classes"]))  # older checkpoints do not tell
     absent, missed = [], []
     for name, pixels in zip(config["classes"], pixels_learned):
@@ -92,6 +92,6 @@ def remarks(found: dict, config: dict) -> list[str]:
     if absent:
         lines.append(f"the true masks hold no {' or '.join(absent)}, so the mean IoU says nothing about that")
     if missed:
-        lines.append(f"never predicted, although the true masks hold it: {', '.join(missed)}; to train with more --epochs "
-                     "or --class-weights balanced may help")
+        lines.append(f"never predicted, although the true masks hold it: {', '.join(missed)}; more --epochs or a larger "
+                     "weight of this class (--class-weights) may help")
     return lines

@@ -1,7 +1,6 @@
 """One look at all images and masks of a folder before training: what they hold, and whether they go together."""
 
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,13 +9,15 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from support.identity import checksum, contents_of
+from support.identity import checksum, digest
 from support.image_files import DataError, has_transparency
-from support.mask_files import DEEPGLOBE, classes_in, count_pixels, drawn_in_white, mask_colors, read_mask, single_class
-from support.values import Extremes, counted_pixels, range_remark, white, without_outliers
 from support.image_folder import ImageFolder, check_same_size, say_once
 from support.loaders import Loader
 from support.loss import IGNORE
+from support.mask_files import (DEEPGLOBE, classes_in, count_pixels, drawn_in_white, mask_colors, read_mask,
+                                single_class_error)
+from support.options import show_progress
+from support.values import Extremes, counted_pixels, range_line, white, without_outliers
 
 
 class Statistics:
@@ -40,7 +41,8 @@ class Statistics:
         self.pixels += other.pixels
 
     def mean_and_std(self) -> tuple[list[float], list[float]]:
-        """A standard deviation of 0 becomes 1, as it is divided by. Rounding leaves a little more than 0 of a variance."""
+        """A standard deviation of 0 becomes 1, because images are divided by it. Rounding can leave a little more than 0
+        of such a variance, so what is that small counts as 0."""
         mean = self.sums / self.pixels
         square = self.squares / self.pixels
         variance = square - np.square(mean)
@@ -83,7 +85,7 @@ def look_at(folder: ImageFolder, number: int, classes: int) -> Look:
         for channel in range(channels):
             extremes.add(channel, block[:, channel])
     palette = mask_colors(mask_path) if folder.read_mask is read_mask else []
-    checksums = checksum(image_path), checksum(mask_path)  # now, as the system has just read them and holds them ready
+    checksums = checksum(image_path), checksum(mask_path)  # now, while the system still holds both files in memory
     return Look(mask.shape, channels, image.dtype, has_transparency(image_path), pixels, palette, extremes, statistics,
                 checksums)
 
@@ -109,14 +111,11 @@ class Looks(Dataset):
 
 # All of them
 
-def print_nothing(text: str):
-    pass
+def survey(folders: dict[str, ImageFolder], names: list[str] | None, workers: int = 0) -> tuple[dict, dict]:
+    """Reads every pair of train, val and test once.
 
-
-def survey(folders: dict[str, ImageFolder], names: list[str] | None, progress: Callable = print_nothing,
-           workers: int = 0) -> tuple[dict, dict]:
-    """Reads every pair of train, val and test once. names: of the classes, if they are known. DataError: of all pairs that
-    cannot be used, the first one is named. workers: processes that read; their number does not change what comes out.
+    names: of the classes, if they are known; workers: processes that read, whose number does not change what comes out.
+    DataError: a pair cannot be used (the first such pair is named), or the pairs do not go together.
 
     Returns what the images tell: channels; dtype; classes and colors; mean and std of each channel of the training
     images, where white is 1; range, the smallest and the largest value of each of their channels; class_pixels, how many
@@ -136,11 +135,11 @@ def survey(folders: dict[str, ImageFolder], names: list[str] | None, progress: C
     transparent = None  # the first image with transparency
     loader = Loader(looks, batch_size=None, num_workers=workers)  # it keeps the order
     for done, look in enumerate(loader):
-        progress(f"looking at image {done + 1} of {len(looks)}")
+        show_progress(f"looking at image {done + 1} of {len(looks)}")
         split, number = looks.pairs[done]
         image_path, mask_path = folders[split].pairs[number]
         kinds.setdefault(f"{look.channels}-channel {look.dtype}", image_path)
-        check_kinds(kinds, image_path)
+        check_kinds(kinds)
         check_colors(colors, classes_in(look.pixels), look.palette, mask_path)
         if look.transparent and transparent is None:
             transparent = image_path
@@ -151,16 +150,17 @@ def survey(folders: dict[str, ImageFolder], names: list[str] | None, progress: C
         checksums += look.checksums
         if split == "train":
             statistics.add_all(look.statistics)
-    progress("")
+    show_progress("")
     check_counted(pixels, folders)
     if transparent is not None:
         say_once(f"{transparent}: its last channel is taken for transparency and left out, also in other images; if it is "
                  "anything else, such as infrared, save the images as .npy")
     found = classes_in(sum(pixels.values(), Counter()))
+    _, first_mask = folders["train"].pairs[0]
     if names is None:
-        names = number_classes(found, mask_path.parent)
+        names = number_classes(found, first_mask.parent)
     elif found == {0}:
-        raise single_class(mask_path.parent)
+        raise single_class_error(first_mask.parent)
     check_white(pixels_of_folder, names)
     missing = missing_classes(pixels, names)
     say_missing(missing)
@@ -177,7 +177,7 @@ def survey(folders: dict[str, ImageFolder], names: list[str] | None, progress: C
         "range": extremes["train"].value_range(),
         "class_pixels": class_pixels,
         "not_in_val": missing["val"],
-        "file_contents": contents_of(folders, checksums),
+        "file_contents": digest(folders, checksums),
     }
     return known, sizes
 
@@ -194,6 +194,7 @@ def check_counted(pixels: dict[str, Counter], folders: dict[str, ImageFolder]):
 
 
 def check_pair(image: np.ndarray, image_path: Path, mask: np.ndarray, mask_path: Path, crop: tuple[int, int] | None):
+    """DataError: an image and its mask are not of one size, or smaller than the windows of --crop."""
     check_same_size(image, image_path, mask, mask_path)
     height, width = mask.shape
     if crop is not None and (height < crop[0] or width < crop[1]):
@@ -201,10 +202,10 @@ def check_pair(image: np.ndarray, image_path: Path, mask: np.ndarray, mask_path:
                         "crop")
 
 
-def check_kinds(kinds: dict[str, Path], path: Path):
-    """DataError: the image just read is of another kind than those before."""
+def check_kinds(kinds: dict[str, Path]):
+    """DataError: there are two kinds of images. kinds: the first image of each."""
     if len(kinds) > 1:
-        (first, first_path), (second, _) = kinds.items()
+        (first, first_path), (second, path) = kinds.items()
         raise DataError(f"{path}: {second}, but {first_path.name} is {first}; convert the images to one kind")
 
 
@@ -220,12 +221,12 @@ def check_colors(colors: dict[int, tuple], labels: set[int], palette: list[tuple
 
 
 def check_white(pixels_of_folder: dict[Path, Counter], names: list[str]):
-    """DataError: the masks of a folder hold 0 and 255 alone. DeepGlobe's colours have no such mistake."""
+    """DataError: the masks of a folder hold 0 and 255 alone. DeepGlobe's masks are in colour, so they are not checked."""
     if names == list(DEEPGLOBE):
         return
     for folder, pixels in pixels_of_folder.items():
         if drawn_in_white(pixels):
-            raise single_class(folder)
+            raise single_class_error(folder)
 
 
 def missing_classes(pixels: dict[str, Counter], names: list[str]) -> dict[str, list[str]]:
@@ -263,7 +264,7 @@ def say_missing(missing: dict[str, list[str]]):
 def number_classes(found: set[int], folder: Path) -> list[str]:
     """Names for classes that have none. DataError: there is a gap between their numbers."""
     if found == {0}:
-        raise single_class(folder)
+        raise single_class_error(folder)
     for label in range(max(found)):
         if label not in found:
             raise DataError(f"{folder}: the masks go up to {max(found)}, but {label} does not occur; number the classes "
@@ -279,9 +280,9 @@ def say_outliers(extremes: dict[str, Extremes]):
         print(f"train: {outlier}; if it marks pixels without data, give these {IGNORE} in the masks")
     trained = extremes["train"].value_range()
     for split in ("val", "test"):
-        remark = range_remark(extremes[split].value_range(), trained)
-        if remark:
-            print(f"{split}: {remark}")
+        line = range_line(extremes[split].value_range(), trained)
+        if line:
+            print(f"{split}: {line}")
 
 
 def find_outlier(extremes: Extremes) -> str | None:

@@ -46,7 +46,7 @@ def normalise(tile: Tensor, mean: Sequence[float], std: Sequence[float],
 
 
 def far_limits(smallest: float, largest: float) -> tuple[float, float]:
-    """What lies beyond these is far outside the range of values: farther than they are from each other."""
+    """The limits beyond which a value is far outside a range: farther from it than it is wide."""
     width = largest - smallest
     return smallest - width, largest + width
 
@@ -116,9 +116,9 @@ class Extremes:
         return [smallest, largest]
 
 
-def range_remark(found: Sequence[Sequence[float]], trained: Sequence[Sequence[float]]) -> str | None:
-    """A line, if some images have quite other values than the training images: far outside, or in hardly a hundredth of
-    their range. Both are ranges as in `Extremes`."""
+def range_line(found: Sequence[Sequence[float]], trained: Sequence[Sequence[float]]) -> str | None:
+    """A line, if the values of some images are far outside the range of the training images, or if those of all channels
+    fill less than a hundredth of it; otherwise None. Both are ranges as in `Extremes`."""
     narrow = 0
     channels = len(trained[0])
     for channel in range(channels):
@@ -137,12 +137,12 @@ def range_remark(found: Sequence[Sequence[float]], trained: Sequence[Sequence[fl
 
 
 def is_finite(values: np.ndarray) -> np.ndarray:
-    """Where a float32 can hold the values: not where they are nan, inf or beyond 1e38."""
+    """Which values are finite in float32: not nan, not infinite, and not beyond 3e38."""
     return torch.from_numpy(values).float().isfinite().numpy()
 
 
 def counted_pixels(image: np.ndarray, path: Path, mask: np.ndarray) -> Iterator[np.ndarray]:
-    """The pixels of an image that count in its mask, (n,C) in each block. DataError: one holds what no float32 can."""
+    """The pixels of an image that count in its mask, (n,C) in each block. DataError: one is not finite in float32."""
     top = 0
     for block in blocks(image):
         counts = mask[top:top + len(block)] != IGNORE
@@ -151,6 +151,6 @@ def counted_pixels(image: np.ndarray, path: Path, mask: np.ndarray) -> Iterator[
         if not counts.all():
             pixels = block[counts]
         if pixels.dtype.kind == "f" and not is_finite(pixels).all():
-            raise DataError(f"{path}: holds nan, inf or numbers beyond 1e38; give these pixels {IGNORE} in the mask, so "
+            raise DataError(f"{path}: holds nan, inf or numbers beyond 3e38; give these pixels {IGNORE} in the mask, so "
                             "that they do not count, or replace them")
         yield pixels

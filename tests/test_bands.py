@@ -9,7 +9,7 @@ from test_image_folder import HUGE, assert_refused, random_image, random_mask, s
 
 import train
 from support import plots
-from support.datasets import describe_epoch
+from support.datasets import epoch_line
 from support.image_files import DataError
 from support.image_folder import open_folder
 from support.loaders import make_loaders
@@ -108,7 +108,7 @@ def test_an_epoch_has_as_many_windows_as_cover_the_training_rows(tmp_path):
     windows_of_a = 21  # 168 * 20 / (16 * 10)
     windows_of_b = 9  # 68 * 20 / (16 * 10) is 8.5
     assert list(dataset.items) == windows_of_a * [0] + windows_of_b * [1]
-    assert describe_epoch(dataset).startswith("an epoch learns from 30 windows of 16x10")
+    assert epoch_line(dataset).startswith("an epoch learns from 30 windows of 16x10")
     config = {"dataset": "folder", "batch_size": 4, "crop": (16, 10), "workers": 0}
     loaders = make_loaders({"train": dataset, "val": dataset, "test": dataset}, config, torch.Generator())
     assert len(loaders["train"]) == 8

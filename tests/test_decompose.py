@@ -145,7 +145,7 @@ def test_a_tiling_that_cannot_be_is_refused(grid, overlap, message):
 @pytest.mark.parametrize("size", [(12, 8), (16, 24)])
 def test_an_image_must_fit_the_tiling(size):
     tiling = Tiling((8, 12), (2, 3), 4)
-    with pytest.raises(ValueError, match="made for 8 rows, 12 columns"):
+    with pytest.raises(ValueError, match="made for 8 rows and 12 columns"):
         tiling.split(torch.zeros(1, 1, *size))
 
 

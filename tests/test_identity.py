@@ -79,11 +79,11 @@ def test_files_with_new_times_and_the_same_content_are_read_once_and_found_the_s
     monkeypatch.setattr(datasets, "survey", never)
     train.main(["--resume", "run"])
     config = dict(before)
-    datasets.check_unchanged(config, print)
+    datasets.check_unchanged(config)
     assert config["file_times"] != before["file_times"]
     assert config["mean"] == before["mean"]
     monkeypatch.setattr(identity, "checksum", never)
-    datasets.check_unchanged(config, print)
+    datasets.check_unchanged(config)
 
 
 def test_a_run_keeps_its_numbers_whatever_is_rounded_now(place):
@@ -97,7 +97,7 @@ def test_a_run_that_was_begun_before_files_had_checksums_goes_on(place):
     mean = config_of(place)["mean"]
     change_checkpoint(place, without=["file_times", "file_contents"], mean=[mean[0] + 1e-15])
     config = config_of(place)
-    datasets.check_unchanged(config, print)
+    datasets.check_unchanged(config)
     assert config["mean"] == [mean[0] + 1e-15]
     assert {"file_times", "file_contents"} < config.keys()
     train.main(["--resume", "run"])
@@ -205,9 +205,9 @@ def test_another_number_of_workers_and_of_processes_for_each_image_goes_with_res
 @pytest.mark.parametrize("options, message", [
     ("--epochs 3", "give it alone, or with --data, --workers, --image-processes, but without --epochs"),
     ("--workers 0 --lr=1", "but without --lr"),
-    ("--workers -1", "--workers: '-1' is not a number of 0 to 1048576"),
+    ("--workers -1", "--workers: '-1' is not a whole number from 0 to 1048576"),
     ("--image-processes 5", "--image-processes 5, but --grid 2x2 has only 4 tiles: take fewer processes"),
-    ("--image-processes 2", "torchrun has started 1, which is not a multiple of it"),
+    ("--image-processes 2", "the number of processes is 1, which is not a multiple of it"),
     ("--data nowhere", "nowhere: no such folder; give --data with"),
 ])
 def test_what_does_not_go_with_resume_is_one_line(options, message, place, capsys):
@@ -261,7 +261,7 @@ def test_any_number_of_workers_reads_the_same_as_the_look_at_all_images(place):
     folders = open_folder(place / "data", deepglobe=False, seed=0)
     expected = config_of(place)["file_contents"]
     for workers in (0, 2):
-        assert identity.read_contents(folders, print, workers) == expected
+        assert identity.read_contents(folders, workers) == expected
 
 
 def test_what_is_kept_is_small(place):

@@ -149,7 +149,7 @@ def test_a_class_that_training_never_saw_is_not_named_again():
     found = scores(torch.stack([counts, counts]), ["a", "b", "c"])
     config = {"classes": ["a", "b", "c"], "class_pixels": [5, 0, 5]}
     (line,) = remarks(found, config)
-    assert "hold it: c; to train with more --epochs or --class-weights balanced" in line
+    assert "hold it: c; more --epochs or a larger weight of this class (--class-weights) may help" in line
 
 
 # Seams

@@ -209,6 +209,18 @@ def test_what_is_said_to_fit_fits(options, part, expected):
         assert plan.fullest(changed) <= limit
 
 
+def test_what_the_host_holds_needs_no_memory_of_a_gpu(monkeypatch, capsys):
+    def much_on_the_host(config):
+        return Counter({"cpu": 100 * 2**30, "cpu:1": 2**30}), Counter()
+
+    monkeypatch.setattr(plan, "predict", much_on_the_host)
+    monkeypatch.setattr(plan, "largest_image", lambda config, memory: 64)
+    plan.main(["--gpus", "1", "--memory", "2"])
+    assert "This needs more" not in capsys.readouterr().out
+    plan.main(["--gpus", "1", "--memory", "0.9"])
+    assert "This needs more than 0.9 GiB. What would fit: nothing that is known here" in capsys.readouterr().out
+
+
 def test_nothing_is_said_to_fit_if_nothing_does(monkeypatch):
     def too_much(config):
         return {"cpu:1": 1001}, {}

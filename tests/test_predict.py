@@ -252,6 +252,23 @@ def test_with_a_true_mask_of_which_no_pixel_counts_nothing_is_written(grey, tmp_
     assert not (tmp_path / "out").exists()
 
 
+def test_an_image_that_runs_out_of_memory_is_named_and_the_others_are_scored(grey, tmp_path, monkeypatch, capsys):
+    for name in ("a", "b", "c"):
+        save_black(tmp_path / f"images/{name}.png")
+        save_black(tmp_path / f"masks/{name}.png")
+    predict_one = predict.predict
+
+    def run_out_of_memory(model, config, image, job, *more):
+        if job.name == "b":
+            raise MemoryError
+        return predict_one(model, config, image, job, *more)
+
+    monkeypatch.setattr(predict, "predict", run_out_of_memory)
+    assert run(grey, tmp_path / "images", "--masks", tmp_path / "masks", "--out", tmp_path / "out") == 1
+    assert f"{tmp_path}/images/b.png: out of memory; take a --grid of more tiles" in capsys.readouterr().err
+    assert read_json(tmp_path / "out/metrics.json").keys() == {"a.png", "c.png", "all"}
+
+
 def test_true_masks_of_0_and_255_alone_are_refused(grey, tmp_path, capsys):
     image = save_black(tmp_path / "a.png")
     for name in ("a", "b"):
@@ -310,8 +327,8 @@ def read_all_files(folder):
     ("color.png", "", "a 3-channel image, but the network was trained on 1-channel images"),
     ("missing.png", "", "missing.png: no such file"),
     ("grey.png", "--grid 99x1", "99 rows of tiles: an image of 32x32 pixels"),
-    ("grey.png", "--grid 0x2", "--grid: '0x2' is not two numbers of 1 to 1048576"),
-    ("grey.png", "--gpus 0", "--gpus: '0' is not a number of 1 or more"),
+    ("grey.png", "--grid 0x2", "--grid: '0x2' is not two whole numbers from 1 to 1048576"),
+    ("grey.png", "--gpus 0", "--gpus: '0' is not a whole number of at least 1"),
     ("nan.npy", "", "nan.npy: holds nan"),
     ("archive.npy", "", "archive.npy: cannot be read as an array (an archive of several)"),
     ("picture.bmp", "", "picture.bmp: cannot be read (no PNG, JPEG or TIFF)"),

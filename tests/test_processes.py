@@ -19,8 +19,10 @@ from torch.utils.data import BatchSampler, DataLoader, RandomSampler, Subset
 import train
 from decompose import Tiling
 from support import checkpoints, processes
+from support.command import one_line_errors
 from support.loss import IGNORE, loss_from_sums, loss_sums
 from support.model import build_from_config
+from support.options import make_parser
 from synthetic import LinesAndCircles
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
@@ -175,6 +177,15 @@ def test_what_the_first_process_finds_is_told_to_all_and_if_it_fails_the_others_
 
 
 # A process that dies
+
+@pytest.mark.parametrize("out, go_on", [(None, ""), (Path("run"), "; go on with --resume run")])
+def test_what_is_said_when_another_process_has_ended(out, go_on, monkeypatch, capsys):
+    monkeypatch.setattr(processes, "is_lost", lambda error: True)
+    with pytest.raises(SystemExit, match="2"):
+        with one_line_errors(make_parser(""), {}, out):
+            raise RuntimeError("Connection closed by peer")
+    assert capsys.readouterr().err.endswith(f"process 0: another one has ended, so this one stops{go_on}\n")
+
 
 OPTIONS = ("--width 2 --depth 2 --comm-channels 4 --train-images 64 --epochs 8 --batch-size 8 --dropout 0.1 "
            "--image-processes 2").split()

@@ -340,7 +340,7 @@ def test_a_restart_needs_to_know_its_folder(torchrun_can_restart, capsys):
 
 
 def test_a_restart_needs_new_addresses(torchrun_can_restart, finished, monkeypatch, capsys):
-    monkeypatch.setattr(processes, "REMEMBERS", True)
+    monkeypatch.setattr(processes, "KEEPS_ADDRESSES", True)
     said = message_of_failure([*ONE_EPOCH, "--out", str(finished)], capsys)
     assert "set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in said
 
