@@ -164,7 +164,7 @@ def predict_all(model: DecomposedUNet, config: dict, jobs: list[Job], asked: arg
         progress = f"image {position} of {len(jobs)}, "
         reason = None
         try:
-            counts[job.place.as_posix()] = predict_and_score(model, config, job, asked, devices, progress)
+            counts[job.relative.as_posix()] = predict_and_score(model, config, job, asked, devices, progress)
         except DataError as error:
             reason = str(error)
         except OSError as error:

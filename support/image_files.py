@@ -24,7 +24,10 @@ class DataError(ValueError):
 # Reading
 
 def open_picture(path: Path) -> tuple[Image.Image, str]:
-    """A picture, and how its pixels are stored in Pillow's words, such as RGB;16B for colours of 16 bits. DataError."""
+    """A picture, and how its pixels are stored in Pillow's words, such as RGB;16B for colours of 16 bits.
+
+    DataError: it cannot be read, or Pillow would read only a part of it, or other numbers than it holds.
+    """
     if not path.is_file():
         kind = "a folder" if path.is_dir() else "no such file"
         raise DataError(f"{path}: {kind}; name a PNG, a JPEG, a TIFF or an .npy")

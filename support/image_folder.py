@@ -169,7 +169,7 @@ def complete(split: dict[str, list[Pair]], root: Path, seed: int) -> dict[str, l
 
 
 def class_names(root: Path, deepglobe: bool) -> list[str] | None:
-    """DeepGlobe's, or the lines of DIR/classes.txt, or None. DataError."""
+    """DeepGlobe's, or the lines of DIR/classes.txt, or None. DataError: this file cannot be used."""
     if deepglobe:
         return list(DEEPGLOBE)
     path = root / "classes.txt"
@@ -266,7 +266,7 @@ def flip_and_turn(image: np.ndarray, mask: np.ndarray, rng: np.random.Generator)
 
 def open_folder(root: Path, deepglobe: bool, seed: int, crop: tuple[int, int] | None = None,
                 augment: bool = False, cell: int = 8) -> dict[str, ImageFolder]:
-    """Train, val and test of DIR. Crops and augmentation are for training. DataError.
+    """Train, val and test of DIR. Crops and augmentation are for training. DataError: see `find_files` and `match`.
 
     cell: pixels of a cell, of which a band of an image has at least two.
     """

@@ -80,9 +80,9 @@ class Thinned:
         part = tile[first_row::self.step, first_column::self.step]
         y = (top + first_row) // self.step
         x = (left + first_column) // self.step
-        place = picture[y:y + part.shape[0], x:x + part.shape[1]]
-        height, width = place.shape
-        place.copy_(part[:height, :width])  # without what pads the last tiles
+        target = picture[y:y + part.shape[0], x:x + part.shape[1]]
+        height, width = target.shape
+        target.copy_(part[:height, :width])  # without what pads the last tiles
 
     def boxes(self) -> list[tuple]:
         """The (top, bottom, left, right) of every tile in pixels of the picture, which need not be whole."""

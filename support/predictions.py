@@ -37,12 +37,12 @@ IMAGE_ENDING, MASK_ENDING = "_sat", "_mask"  # of the names of DeepGlobe's files
 class Job:
     """One image to segment.
 
-    image: its file. place: its path from the folder that holds all that was named. name: the name that its true mask
+    image: its file. relative: its path from the folder that holds all that was named. name: the name that its true mask
     also has. written: the files to write, by what they hold. truth: the file of its true mask, if there is one.
     """
 
     image: Path
-    place: Path
+    relative: Path
     name: str
     written: dict[str, Path]
     truth: Path | None = None
@@ -69,9 +69,9 @@ def find_jobs(named: list[Path], out: Path, deepglobe: bool, probabilities: bool
     common = os.path.commonpath(folders)
     jobs = {}
     for image in images:
-        place = Path(os.path.relpath(os.path.abspath(image), common))
-        name = name_of(place, IMAGE_ENDING if deepglobe else "")
-        jobs[place] = Job(image, place, name, files_to_write(out, place, probabilities))
+        relative = Path(os.path.relpath(os.path.abspath(image), common))
+        name = name_of(relative, IMAGE_ENDING if deepglobe else "")
+        jobs[relative] = Job(image, relative, name, files_to_write(out, relative, probabilities))
     check_different(jobs.values())
     return list(jobs.values())
 
@@ -107,16 +107,16 @@ def check_outside(out: Path, folder: Path):
                         "--out")
 
 
-def files_to_write(out: Path, place: Path, probabilities: bool) -> dict[str, Path]:
-    """The files for the image at `place`, by what they hold. The mask of an array is an array."""
-    folder = out / place.parent
-    suffix = ".npy" if place.suffix.lower() == ".npy" else ".png"
+def files_to_write(out: Path, relative: Path, probabilities: bool) -> dict[str, Path]:
+    """The files for the image with this relative path, by what they hold. The mask of an array is an array."""
+    folder = out / relative.parent
+    suffix = ".npy" if relative.suffix.lower() == ".npy" else ".png"
     files = {
-        "mask": folder / f"{place.stem}{suffix}",
-        "overlay": folder / f"{place.stem}-overlay.png",
+        "mask": folder / f"{relative.stem}{suffix}",
+        "overlay": folder / f"{relative.stem}-overlay.png",
     }
     if probabilities:
-        files["probabilities"] = folder / f"{place.stem}-probabilities.npy"
+        files["probabilities"] = folder / f"{relative.stem}-probabilities.npy"
     return files
 
 
@@ -142,7 +142,7 @@ def find_truths(jobs: list[Job], masks: Path, deepglobe: bool):
     listed = {masks: find_files(masks, ending)}  # the masks of each folder, by their names
     image_of = {}
     for job in jobs:
-        folder = masks / job.place.parent
+        folder = masks / job.relative.parent
         if folder not in listed:
             listed[folder] = {}
             if folder.is_dir():

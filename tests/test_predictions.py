@@ -34,7 +34,7 @@ def network(tmp_path_factory):
 def places(*named, deepglobe=False) -> list[str]:
     """The places of the images that are found."""
     jobs = find_jobs(list(named), Path("../out"), deepglobe, probabilities=False)
-    return [job.place.as_posix() for job in jobs]
+    return [job.relative.as_posix() for job in jobs]
 
 
 def files_below(folder) -> set[str]:
@@ -205,7 +205,7 @@ def test_a_mask_that_is_not_at_the_place_of_its_image_is_found_by_its_name(scans
     (masks / "2021/north/other.npy").rename(masks / "other.npy")
     jobs = find_jobs([scans], Path("out"), deepglobe=False, probabilities=False)
     predictions.find_truths(jobs, masks, deepglobe=False)
-    found = {job.place.as_posix(): job.truth for job in jobs}
+    found = {job.relative.as_posix(): job.truth for job in jobs}
     assert found == {
         "2020/tile.png": masks / "2020/tile.png",
         "2021/tile.png": masks / "2021/tile.png",
