@@ -300,8 +300,8 @@ def main(arguments: list[str] | None = None):
     parser = make_parser("Train a domain-decomposed U-Net. Without a GPU, every tile is computed on the CPU.")
     parser.add_argument("--resume", type=Path, metavar="RUN", help="folder of a run to go on with after its last "
                         "completed epoch, with its options; only --data, --workers and --image-processes go with it")
-    parser.add_argument("--init", type=Path, metavar="CHECKPOINT", help="best.pt of another run, with whose weights to "
-                        "begin (default: weights drawn by the seed)")
+    parser.add_argument("--init", type=Path, metavar="CHECKPOINT", help="best.pt of another run, or its folder, to "
+                        "begin with its weights (default: weights drawn by the seed)")
     with one_line_errors(parser):
         config, out, state = processes.from_first(prepare_run, arguments, parser)
     with one_line_errors(parser, config, out):

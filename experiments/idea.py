@@ -1,4 +1,4 @@
-"""The two pictures at the top of the README, from the real tensors of a trained network.
+"""The last two pictures of docs/results.md, from the real tensors of a trained network.
 
     python -m experiments.idea RUN        # RUN: a folder that train.py made, with communication
 

@@ -58,7 +58,9 @@ def main():
         axes.text(SIDE + 0.5, 2 * SIDE + 1.5, title, ha="center", va="bottom", fontsize=12)
         axes.text(SIDE + 0.5, -0.5, answer, ha="center", va="top")
         axes.axis("off")
-    plots.save(figure, HERE / "sharing.png")
+    path = HERE / "sharing.png"
+    plots.save(figure, path)
+    print(f"See {path}")
 
 
 if __name__ == "__main__":

@@ -55,7 +55,11 @@ def resume_run(asked: dict, parser) -> tuple[dict, Path, dict]:
                         "lie now")
     check_sizes(config, {tuple(config["image_size"]): str(out)}, len(build_datasets(config)["train"]))
     check_unchanged(config)
-    print(f"{out}: {len(state['rows'])} of {config['epochs']} epochs are done")
+    done = len(state["rows"])
+    line = f"{out}: {done} of {config['epochs']} epochs are done"
+    if done == config["epochs"]:
+        line += "; to train longer, begin a new run with its weights: --init"
+    print(line)
     return config, out, state
 
 
@@ -134,7 +138,8 @@ def check_processes(config: dict):
     started, each = processes.world_size(), config["image_processes"]
     if started % each != 0:
         raise DataError(f"--image-processes {each}: the number of processes is {started}, which is not a multiple of it; "
-                        "start others, with torchrun --nproc-per-node, or take another --image-processes")
+                        "start others, with torchrun --nproc-per-node, or take another --image-processes, 1 for a single "
+                        "process")
     groups = started // each
     if config["batch_size"] < groups:
         raise DataError(f"--batch-size {config['batch_size']}: {groups} processes, or groups that share an image, need at "

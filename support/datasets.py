@@ -1,5 +1,6 @@
 """Which images there are, and what the network has to know of them."""
 
+import math
 from pathlib import Path
 
 from torch.utils.data import Dataset
@@ -12,6 +13,8 @@ from support.loss import balanced_weights
 from support.sizes import check_sizes, check_smallest, smallest
 from support.survey import survey
 from synthetic import LinesAndCircles
+
+FEW_STEPS = 100  # with fewer, even a small network learns next to nothing
 
 
 def build_datasets(config: dict) -> dict[str, Dataset]:
@@ -65,6 +68,9 @@ def describe(config: dict) -> dict:
           f"val, {test} for test")
     if datasets["train"].rows is not None:
         print(epoch_line(datasets["train"]))
+    steps = config["epochs"] * math.ceil(len(datasets["train"]) / config["batch_size"])
+    if 0 < steps < FEW_STEPS:
+        print(f"{steps} steps of training are few: take more --epochs or a smaller --batch-size")
     return known
 
 
@@ -120,7 +126,7 @@ def check_alike(config: dict):
 def changed_error(config: dict) -> DataError:
     """The error to raise where the images are others."""
     return DataError(f"{config['data']}: the images are not those of the run, as a file was changed, renamed, added or "
-                     "removed; put them back, or train anew")
+                     "removed; put them back, name their folder with --data, or train anew")
 
 
 def describe_synthetic(config: dict) -> dict:

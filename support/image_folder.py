@@ -45,7 +45,10 @@ def find_files(folder: Path, ending: str = "") -> dict[str, Path]:
     DataError: there is no such folder, a file is of a kind that cannot be read, or two files have the same name.
     """
     if not folder.is_dir():
-        raise DataError(f"{folder}: no such folder; images belong in DIR/train/images and masks in DIR/train/masks, and "
+        missing = folder
+        while not missing.parent.is_dir():
+            missing = missing.parent
+        raise DataError(f"{missing}: no such folder; images belong in DIR/train/images and masks in DIR/train/masks, and "
                         "the same in DIR/val and DIR/test if these are there")
     found = {}
     left_out = Counter()
@@ -131,7 +134,11 @@ def validation_folder(root: Path) -> Path:
 def find_deepglobe(root: Path, seed: int) -> dict[str, list[Pair]]:
     """The pairs DIR/train/ID_sat.jpg, ID_mask.png, in the split of the literature if that knows all of them."""
     folder = root / "train"
-    pairs = match(find_files(folder, "_sat"), find_files(folder, "_mask"), folder)
+    images = find_files(folder, "_sat")
+    if not images:
+        raise DataError(f"{folder}: no image named ID_sat.jpg (and its mask ID_mask.png), as DeepGlobe is distributed; for "
+                        "images of your own take --dataset folder")
+    pairs = match(images, find_files(folder, "_mask"), folder)
     known = {}
     for line in SPLIT_OF_THE_LITERATURE.read_text().splitlines():
         identity, name = line.split()
@@ -164,7 +171,7 @@ def complete(split: dict[str, list[Pair]], root: Path, seed: int) -> dict[str, l
         split[name] = sorted(pairs[:tenth])
         pairs = pairs[tenth:]
     split["train"] = sorted(pairs)
-    say_once(f"{root}: no {' or '.join(missing)}, so {tenth} of the training pairs each, drawn by the seed")
+    say_once(f"{root}: no {' or '.join(missing)}, so {tenth} of the training pairs, drawn by the seed, take the place of each")
     return split
 
 

@@ -119,7 +119,8 @@ def make_parser(description: str) -> Parser:
            "and turn square ones")
     option("--workers", type=number(0, largest=LARGE), default=None, metavar="N", help="processes that read images ahead, "
            "for each process that trains (default: for pictures one for each CPU core, at most 4; else 0)")
-    option("--gpus", type=number(1, largest=LARGE), default=unset, help="GPUs to use (default: all there are)")
+    option("--gpus", type=number(1, largest=LARGE), default=unset, help="GPUs to use (default: all there "
+           "are); to use none, put CUDA_VISIBLE_DEVICES= in front of the command")
     option("--image-processes", type=number(1, largest=LARGE), default=1, metavar="N", help="how many of the processes that "
            "torchrun starts share the tiles of each image; with 1 they share out batches only")
     option("--grid", type=pair, default=unset, metavar="RxQ", help="rows x columns of tiles (default: 2x2 for up to 4 "

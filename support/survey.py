@@ -267,7 +267,8 @@ def number_classes(found: set[int], folder: Path) -> list[str]:
         raise single_class_error(folder)
     for label in range(max(found)):
         if label not in found:
-            raise DataError(f"{folder}: the masks go up to {max(found)}, but {label} does not occur; number the classes "
+            values = " ".join(map(str, sorted(found)[:8])) + (" ..." if len(found) > 8 else "")
+            raise DataError(f"{folder}: the masks hold the values {values}, but {label} does not occur; number the classes "
                             "0, 1, 2, ... without a gap, or name all of them in DIR/classes.txt")
     return [f"class {label}" for label in sorted(found)]
 

@@ -14,8 +14,9 @@ import torch
 from PIL import Image, ImageFilter
 
 import train
-from support import image_files, image_folder, mask_files, values
+from support import datasets, image_files, image_folder, mask_files, values
 from support.image_folder import ImageFolder
+from support.options import make_parser, parse
 from support.survey import Statistics, find_outlier, survey
 from support.values import Extremes
 
@@ -843,7 +844,7 @@ def test_a_gap_between_the_numbers_of_the_classes_is_named(folder_without_names,
     values = [0, 100, 200, 0, 100, 200]
     for i, value in enumerate(values):
         save(folder_without_names / f"train/masks/{i}.png", np.full((16, 24), value, np.uint8))
-    message = "train/masks: the masks go up to 200, but 1 does not occur; number the classes 0, 1, 2, ... without a gap"
+    message = "train/masks: the masks hold the values 0 100 200, but 1 does not occur; number the classes 0, 1, 2, ... without a gap"
     assert_refused(folder_without_names, message, capsys)
     for kind, size in (("images", (16, 24, 3)), ("masks", (16, 24))):
         save(folder_without_names / f"test/{kind}/0.png", np.zeros(size, np.uint8))
@@ -1023,7 +1024,7 @@ SIX_OF_TWO_SIZES = 3 * [(16, 24), (24, 16)]
 
 
 @pytest.mark.parametrize("sizes, options, message", [
-    ([], "", "data/train/images: no such folder"),
+    ([], "", "data: no such folder"),
     ([(16, 24)], "", "0.png: its 16 rows are too few to cut val and test out of it, 16 rows each; add training pairs"),
     (SIX_OF_TWO_SIZES, "", "images of several sizes need --batch-size 1 or --crop HxW"),
     (SIX_OF_16x24, "--crop 32", "16x24 pixels are fewer than --crop 32x32; take a smaller crop"),
@@ -1040,6 +1041,29 @@ def test_sizes_and_options_that_do_not_fit_are_named(sizes, options, message, tm
     for i, size in enumerate(sizes):
         save_pair(tmp_path / "data", "train", i, random_image(size), random_mask(size))
     assert_refused(tmp_path / "data", message, capsys, *options.split())
+
+
+@pytest.mark.parametrize("epochs, line", [
+    (0, ""),
+    (3, "6 steps of training are few: take more --epochs or a smaller --batch-size"),
+    (49, "98 steps of training are few"),
+    (50, ""),
+])
+def test_a_training_of_few_steps_is_told(epochs, line, tmp_path, capsys):
+    for split, count in (("train", 7), ("val", 1), ("test", 1)):
+        for i in range(count):
+            save_pair(tmp_path, split, i, random_image((16, 16)), random_mask((16, 16)))
+    options = f"--dataset folder --data {tmp_path} --batch-size 4 --epochs {epochs}"
+    datasets.describe(parse(options.split(), make_parser("")))
+    said = capsys.readouterr().out
+    assert line in said
+    assert ("steps of training" in said) == bool(line)
+
+
+def test_a_folder_that_is_not_deepglobe_is_told_of_its_layout(tmp_path, capsys):
+    save_pair(tmp_path / "data", "train", "a", random_image((16, 16)), random_mask((16, 16)))
+    message = "data/train: no image named ID_sat.jpg (and its mask ID_mask.png), as DeepGlobe is distributed"
+    assert_refused(tmp_path / "data", message, capsys, "--dataset", "deepglobe")
 
 
 @pytest.mark.parametrize("value", range(0, 256, 5))
