@@ -35,7 +35,7 @@ def begin_run(asked: dict) -> tuple[dict, Path, None]:
     try:
         config = asked | describe(asked)
         if config.get("init"):
-            say_init(config)
+            print_init(config)
     except BaseException:  # also Ctrl-C
         folders.give_back(out)
         raise
@@ -112,7 +112,7 @@ def change_options(config: dict, changes: dict, parser):
         check_network(config, parser)
 
 
-def say_init(config: dict):
+def print_init(config: dict):
     """What --init does. CheckpointError: it cannot be done."""
     _, classes = weights_to_begin_with(Path(config["init"]), config)
     line = f"the run begins with the weights of {config['init']}"

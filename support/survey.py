@@ -53,7 +53,7 @@ class Statistics:
 # One pair
 
 @dataclass
-class Look:
+class PairSummary:
     """What one pair tells.
 
     size: (H, W). pixels: how many pixels of the mask have each value. palette: the colours of an indexed mask.
@@ -71,7 +71,7 @@ class Look:
     checksums: tuple[int, int]  # of the two files
 
 
-def look_at(folder: ImageFolder, number: int, classes: int) -> Look:
+def summarise_pair(folder: ImageFolder, number: int, classes: int) -> PairSummary:
     """Reads a pair, whole or block by block. DataError: it cannot be used."""
     image_path, mask_path = folder.pairs[number]
     image, mask = folder.read(number)
@@ -86,11 +86,11 @@ def look_at(folder: ImageFolder, number: int, classes: int) -> Look:
             extremes.add(channel, block[:, channel])
     palette = mask_colors(mask_path) if folder.read_mask is read_mask else []
     checksums = checksum(image_path), checksum(mask_path)  # now, while the system still holds both files in memory
-    return Look(mask.shape, channels, image.dtype, has_transparency(image_path), pixels, palette, extremes, statistics,
-                checksums)
+    return PairSummary(mask.shape, channels, image.dtype, has_transparency(image_path), pixels, palette, extremes, statistics,
+                       checksums)
 
 
-class Looks(Dataset):
+class PairSummaries(Dataset):
     """What the pairs of train, val and test tell, one after the other: for worker processes."""
 
     def __init__(self, folders: dict[str, ImageFolder], classes: int):
@@ -104,12 +104,44 @@ class Looks(Dataset):
     def __len__(self) -> int:
         return len(self.pairs)
 
-    def __getitem__(self, i: int) -> Look:
+    def __getitem__(self, i: int) -> PairSummary:
         split, number = self.pairs[i]
-        return look_at(self.folders[split], number, self.classes)
+        return summarise_pair(self.folders[split], number, self.classes)
 
 
 # All of them
+
+class Findings:
+    """What all pairs tell together."""
+
+    def __init__(self, folders: dict[str, ImageFolder]):
+        self.statistics = Statistics()  # of the training images
+        self.extremes = {}  # of each split
+        self.sizes = {split: {} for split in folders}  # in each split: {(H, W): an image of that size}
+        self.pixels = {split: Counter() for split in folders}  # in each split: how many pixels have each value of a mask
+        self.pixels_of_folder = {}  # the same in each folder, from which several splits may be drawn
+        self.checksums = []  # of all files
+        self.channels, self.dtype = None, None  # of all images
+        self.kinds = {}  # {kind of image: the first image of that kind}
+        self.colors = {}  # {class: its colour in indexed masks, and the first of these}
+        self.transparent = None  # the first image with transparency
+
+    def add(self, split: str, summary: PairSummary, image_path: Path, mask_path: Path):
+        """Adds what one pair of a split tells. DataError: it does not go together with those before."""
+        self.kinds.setdefault(f"{summary.channels}-channel {summary.dtype}", image_path)
+        check_kinds(self.kinds)
+        self.channels, self.dtype = summary.channels, summary.dtype  # the same in all pairs
+        check_colors(self.colors, classes_in(summary.pixels), summary.palette, mask_path)
+        if summary.transparent and self.transparent is None:
+            self.transparent = image_path
+        self.pixels[split].update(summary.pixels)
+        self.pixels_of_folder.setdefault(mask_path.parent, Counter()).update(summary.pixels)
+        self.extremes.setdefault(split, Extremes(summary.channels, summary.dtype)).add_all(summary.extremes)
+        self.sizes[split].setdefault(summary.size, image_path)
+        self.checksums += summary.checksums
+        if split == "train":
+            self.statistics.add_all(summary.statistics)
+
 
 def survey(folders: dict[str, ImageFolder], names: list[str] | None, workers: int = 0) -> tuple[dict, dict]:
     """Reads every pair of train, val and test once.
@@ -123,63 +155,45 @@ def survey(folders: dict[str, ImageFolder], names: list[str] | None, workers: in
     file_contents, which stands for all files (see identity.py). And the sizes that occur in each split:
     {(H, W): an image of that size}.
     """
-    looks = Looks(folders, len(names) if names is not None else IGNORE)
-    statistics = Statistics()
-    extremes = {}  # of each split
-    sizes = {split: {} for split in folders}
-    checksums = []  # of all files
-    kinds = {}  # of image: the first image of that kind
-    pixels = {split: Counter() for split in folders}  # of each value of a mask, in each split
-    pixels_of_folder = {}  # the same in each folder, from which several splits may be drawn
-    colors = {}  # of class: in indexed masks, and the first of these
-    transparent = None  # the first image with transparency
-    loader = Loader(looks, batch_size=None, num_workers=workers)  # it keeps the order
-    for done, look in enumerate(loader):
-        show_progress(f"looking at image {done + 1} of {len(looks)}")
-        split, number = looks.pairs[done]
+    summaries = PairSummaries(folders, len(names) if names is not None else IGNORE)
+    found = Findings(folders)
+    loader = Loader(summaries, batch_size=None, num_workers=workers)  # it keeps the order
+    for done, summary in enumerate(loader):
+        show_progress(f"looking at image {done + 1} of {len(summaries)}")
+        split, number = summaries.pairs[done]
         image_path, mask_path = folders[split].pairs[number]
-        kinds.setdefault(f"{look.channels}-channel {look.dtype}", image_path)
-        check_kinds(kinds)
-        check_colors(colors, classes_in(look.pixels), look.palette, mask_path)
-        if look.transparent and transparent is None:
-            transparent = image_path
-        pixels[split].update(look.pixels)
-        pixels_of_folder.setdefault(mask_path.parent, Counter()).update(look.pixels)
-        extremes.setdefault(split, Extremes(look.channels, look.dtype)).add_all(look.extremes)
-        sizes[split].setdefault(look.size, image_path)
-        checksums += look.checksums
-        if split == "train":
-            statistics.add_all(look.statistics)
+        found.add(split, summary, image_path, mask_path)
     show_progress("")
-    check_counted(pixels, folders)
-    if transparent is not None:
-        say_once(f"{transparent}: its last channel is taken for transparency and left out, also in other images; if it is "
-                 "anything else, such as infrared, save the images as .npy")
-    found = classes_in(sum(pixels.values(), Counter()))
+
+    check_counted(found.pixels, folders)
+    if found.transparent is not None:
+        say_once(f"{found.transparent}: its last channel is taken for transparency and left out, also in other images; if it "
+                 "is anything else, such as infrared, save the images as .npy")
+    labels = classes_in(sum(found.pixels.values(), Counter()))
     _, first_mask = folders["train"].pairs[0]
     if names is None:
-        names = number_classes(found, first_mask.parent)
-    elif found == {0}:
+        names = number_classes(labels, first_mask.parent)
+    elif labels == {0}:
         raise single_class_error(first_mask.parent)
-    check_white(pixels_of_folder, names)
-    missing = missing_classes(pixels, names)
-    say_missing(missing)
-    say_outliers(extremes)
-    mean, std = statistics.mean_and_std()
-    class_pixels = [pixels["train"][label] for label in range(len(names))]
+    check_white(found.pixels_of_folder, names)
+    missing = missing_classes(found.pixels, names)
+    print_missing(missing)
+    print_outliers(found.extremes)
+
+    mean, std = found.statistics.mean_and_std()
     known = {
-        "channels": look.channels,
-        "dtype": str(look.dtype),
+        "channels": found.channels,
+        "dtype": str(found.dtype),
         "classes": names,
         "colors": class_colors(names),
         "mean": mean,
         "std": std,
-        "range": extremes["train"].value_range(),
-        "class_pixels": class_pixels,
+        "range": found.extremes["train"].value_range(),
+        "class_pixels": [found.pixels["train"][label] for label in range(len(names))],
         "not_in_val": missing["val"],
-        "file_contents": digest(folders, checksums),
+        "file_contents": digest(folders, found.checksums),
     }
-    return known, sizes
+    return known, found.sizes
 
 
 # What must go together
@@ -247,7 +261,7 @@ def missing_classes(pixels: dict[str, Counter], names: list[str]) -> dict[str, l
     return missing
 
 
-def say_missing(missing: dict[str, list[str]]):
+def print_missing(missing: dict[str, list[str]]):
     """A line for each split that lacks a class."""
     effects = {
         "train": "no mask for train holds {}, so it cannot be learned; put images with it into train",
@@ -273,7 +287,7 @@ def number_classes(found: set[int], folder: Path) -> list[str]:
     return [f"class {label}" for label in sorted(found)]
 
 
-def say_outliers(extremes: dict[str, Extremes]):
+def print_outliers(extremes: dict[str, Extremes]):
     """Prints a line for a value of the training images that is far outside all others of its channel, and one for a
     split with quite other values than theirs."""
     outlier = find_outlier(extremes["train"])

@@ -172,7 +172,7 @@ def test_a_worker_that_dies_in_the_look_is_one_line_and_leaves_no_folder(data, t
     def die(folder, number, classes):
         os.kill(os.getpid(), signal.SIGKILL)
 
-    monkeypatch.setattr(survey_module, "look_at", die)
+    monkeypatch.setattr(survey_module, "summarise_pair", die)
     with pytest.raises(SystemExit, match="2"):
         train.main(["--dataset", "folder", "--data", str(data), "--workers", "1", "--out", str(tmp_path / "run")])
     said = capsys.readouterr().err
