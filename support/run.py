@@ -267,5 +267,6 @@ def losses_line(trained: float, used: float, freeze_batch_norm: float) -> str:
 
 
 def waiting_line(seconds_waited: float, train_seconds: float) -> str:
-    return (f"training waited {100 * seconds_waited / train_seconds:.0f} % of its time for images; more --workers read "
-            "them sooner, and with --crop, .npy files are read much faster than pictures (docs/own-images.md)")
+    """A line about a training that waited long for its images, and what may help."""
+    return (f"training waited {100 * seconds_waited / train_seconds:.0f} % of its time for images; with a GPU, more --workers "
+            "read them sooner, and with --crop, .npy files are read much faster than pictures (docs/own-images.md)")
