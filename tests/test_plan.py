@@ -154,10 +154,10 @@ def test_with_many_tiles_memory_goes_up_in_a_straight_line():
 
 
 @pytest.mark.parametrize("tiles, options", [
-    (6, "--depth 3 --width 16"),
-    (6, "--depth 3 --width 16 --comm-channels 0"),
-    (6, "--depth 3 --width 16 --recompute"),
-    (16, "--depth 1 --comm-channels 8 --recompute"),
+    (5, "--depth 3 --width 16"),
+    (5, "--depth 3 --width 16 --comm-channels 0"),
+    (5, "--depth 3 --width 16 --recompute"),
+    (10, "--depth 1 --comm-channels 8 --recompute"),
 ])
 def test_with_many_small_tiles_too_where_weights_and_coarse_map_weigh_as_much_as_the_activations(tiles, options):
     config = configuration(f"--gpus 1 --grid 1x{tiles} --image-size 32x{32 * tiles} {options}")

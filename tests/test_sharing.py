@@ -29,11 +29,11 @@ CASES = {
     "without communication": {"overlap": 0, "comm_channels": 0},
     "several sizes": {"overlap": 0, "recompute": True, "batch_size": 1},
 }
-IN_GROUPS = ["remembered", "recomputed", "with an overlap"]
+IN_GROUPS = ["remembered", "recomputed"]
 WORLDS = {  # (processes, how many of them share an image): the cases
     (2, 2): list(CASES),
     (3, 3): ["remembered", "with an overlap", "several sizes"],
-    (4, 4): ["recomputed", "without communication", "several sizes"],
+    (4, 4): ["recomputed", "several sizes"],
     (4, 2): IN_GROUPS,
     (2, 1): IN_GROUPS,
 }
