@@ -231,8 +231,9 @@ def largest_image(config: dict, memory: float) -> int:
     cell = 2 ** config["depth"]
     small = 2 * max(128, cell) * tiles
     large = 2 * small
-    slope = (peak(large) - peak(small)) / (large**2 - small**2)
-    pixels = max(small**2 + (memory - peak(small)) / slope, 0)
+    at_small = peak(small)
+    slope = (peak(large) - at_small) / (large**2 - small**2)
+    pixels = max(small**2 + (memory - at_small) / slope, 0)
     step = cell * tiles
     side = int(math.sqrt(pixels)) // step * step
     while side > step and peak(side) > memory:
