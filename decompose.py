@@ -387,7 +387,8 @@ class SharedModule:
         self.rounded = {}
         self.buffers = {}
         for device in dict.fromkeys(placement):  # each device once, in order
-            weights = module.named_parameters(remove_duplicate=False)  # one that two layers share under both names
+            # A weight that two layers share is to be found under both its names.
+            weights = module.named_parameters(remove_duplicate=False)
             buffers = module.named_buffers(remove_duplicate=False)
             self.weights[device] = {name: weight.to(device) for name, weight in weights}
             self.rounded[device] = round_weights(self.weights[device], device)

@@ -4,8 +4,8 @@
     python plan.py --gpus 4 --image-size 2048 --grid 2x2 --width 64 --depth 4 --batch-size 1 --memory 24
 
 The step of train.py runs on fake tensors: they have a shape and a device but no numbers, and cost nothing. Every tensor
-that is made is followed until it is freed, and the bytes alive on each device are added up. The memory that a kernel needs only
-inside itself (the workspace of a convolution) is not seen, and neither is what the allocator rounds up.
+that is made is followed until it is freed, and the bytes alive on each device are added up. The memory that a kernel
+needs only inside itself (the workspace of a convolution) is not seen, and neither is what the allocator rounds up.
 The options are those of train.py; --run takes those of a run from its folder. With --memory, the size of a GPU, it also
 tells what would fit.
 """

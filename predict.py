@@ -5,9 +5,10 @@
 Writes the class of every pixel of each image: NAME.png with a palette, so that it is readable by eye and by program, or
 for NAME.npy an array NAME.npy, written tile by tile. Writes also NAME-overlay.png, the classes over the image, at most
 2048 pixels wide or high. Images are cut into tiles no larger than those of training (but an image larger than those of
-training into tiles of at least 256x256), and one tile at a time is alive on each device. From a folder, predict.py takes all images, also those in its
-subfolders, and --out gets the same subfolders. With --probabilities, it also writes the probability of every class. With
---masks, a folder of true masks of the same names, it also scores the predictions, in metrics.json.
+training into tiles of at least 256x256), and one tile at a time is alive on each device.
+From a folder, predict.py takes all images, also those in its subfolders, and --out gets the same subfolders. With
+--probabilities, it also writes the probability of every class. With --masks, a folder of true masks of the same names,
+it also scores the predictions, in metrics.json.
 Exit status: 0, all images are done; 1, some of them failed; 2, all failed. Each image that failed is named.
 """
 
@@ -27,8 +28,8 @@ from support.command import one_line_errors
 from support.image_files import DataError, read_image
 from support.model import load_model
 from support.options import Parser, explain, number, pair, show_progress
-from support.predictions import (Job, all_or_none, check_image, check_space, create_array, find_jobs, find_truths, read_truth,
-                                 round_probabilities, save_overlay, save_with_palette, write_tile)
+from support.predictions import (Job, all_or_none, check_image, check_space, create_array, find_jobs, find_truths,
+                                 read_truth, round_probabilities, save_overlay, save_with_palette, write_tile)
 from support.scores import confusion, mean_iou, pixels_near_seam, remarks, scores
 from support.sizes import build_tiling
 from train import run_tiles

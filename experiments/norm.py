@@ -1,7 +1,7 @@
 """When is batch norm to keep its statistics? The freezing point, the batch size and group norm, on two tasks.
 
     OMP_NUM_THREADS=1 python -m experiments.norm --tasks areas      # an hour of one core
-    OMP_NUM_THREADS=1 python -m experiments.norm --tasks lines      # 7 hours of one core
+    OMP_NUM_THREADS=1 python -m experiments.norm --tasks lines      # many hours of one core
     python -m experiments.norm --quick                              # seconds
 
 lines: the discs and lines of train.py. areas: images that are dark or bright, as a whole or by halves, so

@@ -14,7 +14,7 @@ from support.sizes import check_sizes, check_smallest, smallest
 from support.survey import survey
 from synthetic import LinesAndCircles
 
-FEW_STEPS = 100  # with fewer, even a small network learns next to nothing
+FEW_STEPS = 100  # fewer are often too few
 
 
 def build_datasets(config: dict) -> dict[str, Dataset]:

@@ -43,8 +43,9 @@ def copy_with_names(first, folder):
     return folder
 
 
-def test_without_an_epoch_the_scores_are_those_of_the_checkpoint(first, tmp_path):
+def test_without_an_epoch_the_scores_are_those_of_the_checkpoint(first, tmp_path, capsys):
     run(first / "data", tmp_path / "run", "--init", first / "run", "--epochs", "0", "--seed", "0")
+    assert "test IoU of the network before training" in capsys.readouterr().out
     expected, found = metrics_of(first / "run"), metrics_of(tmp_path / "run")
     assert found["test"] == expected["test"]
     assert found["val"]["iou"] == expected["val"]["iou"]
