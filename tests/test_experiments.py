@@ -175,7 +175,7 @@ def make_smaller(script, monkeypatch):
     """Smoke runs learn from fewer synthetic images. The last option counts."""
     if script is norm:
         monkeypatch.setitem(norm.QUICK_OPTIONS, "lines", norm.QUICK + FEWER)
-    elif script in (comm_channels, control, generalise):
+    elif script in (comm_channels, control, generalise, reach):
         monkeypatch.setattr(script, "QUICK", script.QUICK + FEWER)
 
 

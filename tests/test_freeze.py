@@ -186,7 +186,7 @@ def draw_dark_and_bright(folder):
 def train_on_single_images(data, out, part) -> dict:
     """Trains with one image in a step. Returns what metrics.json holds."""
     network = "--width 4 --depth 1 --comm-channels 8 --dilations 1".split()
-    training = "--batch-size 1 --epochs 8 --lr 0.02 --no-amp --no-augment".split()
+    training = "--batch-size 1 --epochs 5 --lr 0.02 --no-amp --no-augment".split()
     images = ["--dataset", "folder", "--data", str(data)]
     train.main(network + training + images + ["--freeze-batch-norm", part, "--out", str(out)])
     return json.loads((out / "metrics.json").read_text())

@@ -225,29 +225,17 @@ def epochs_done(out) -> list[int]:
     return [row["epoch"] for row in checkpoints.load(out / "last.pt")["rows"]]
 
 
-def test_ctrl_c_ends_all_processes_and_the_first_says_how_to_go_on(tmp_path):
-    out = tmp_path / "run"
-    run = start_torchrun(out)
-    wait_for_epoch(run, out, 1)
-    os.killpg(run.pid, signal.SIGINT)  # to all of them at once, as a terminal does
-    _, complained = run.communicate(timeout=60)
-    assert complained.count(f"stopped; go on with: torchrun ... train.py --resume {out}") == 1
-    assert 1 <= len(epochs_done(out)) < 8
-
-
-def test_when_a_process_dies_torchrun_goes_on_once_and_the_second_time_all_end_and_one_alone_goes_on(tmp_path):
+def test_all_go_on_when_one_has_died_and_ctrl_c_ends_all_and_one_alone_goes_on(tmp_path):
     out = tmp_path / "run"
     run = start_torchrun(out)
     wait_for_epoch(run, out, 1)
     kill_one_process(run)
     wait_for_epoch(run, out, 3)
-    kill_one_process(run)
+    os.killpg(run.pid, signal.SIGINT)  # to all of them at once, as a terminal does
     said, complained = run.communicate(timeout=60)
-    assert run.returncode != 0
     assert said.count("process 1 of 2: 2x2 tiles on cpu") == 2
     assert re.search("[1-3] of 8 epochs are done", said)
-    assert complained.count("Traceback") == 1  # torchrun's own
-    assert "ChildFailedError" in complained
+    assert complained.count(f"stopped; go on with: torchrun ... train.py --resume {out}") == 1
     assert 3 <= len(epochs_done(out)) < 8
 
     train.main(["--resume", str(out), "--image-processes", "1"])
