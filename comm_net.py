@@ -1,8 +1,9 @@
 """The communication network: the only place where tiles hear of each other.
 
-Every tile sends the last K channels of its coarse map. Stitched together they are a map of the whole image. It is small
-enough for one device: at depth 4 it has 1/256 of the image's pixels. A few convolutions spread what each tile knows
-over its neighbours. Then every tile gets its own part back, in place of what it sent.
+Every tile sends the last K channels of its coarse map. Stitched together they are a map of the
+whole image. It is small enough for one device: at depth 4 it has 1/256 of the image's pixels. A few
+convolutions spread what each tile knows over its neighbours. Then every tile gets its own part
+back, in place of what it sent.
 
 Letters: B images, K channels that are sent, H W image, D depth of the U-Net (number of poolings).
 Source: Verburg, Heinlein, Cyr, "DDU-Net" (arXiv 2407.21266).
@@ -17,11 +18,12 @@ from torch import nn
 class CommNet(nn.Sequential):
     """For each dilation: 5x5 convolution, batch norm, ReLU, dropout of whole channels.
 
-    (B,K,H/2^D,W/2^D) -> the same shape. A cell is one pixel of this map, which is 2^D pixels wide in the image.
-    A 5x5 convolution looks 2 cells to every side, times its dilation. The default is the paper's: three convolutions
-    without dilation, which see 6 cells. These are 48 pixels at depth 3 and 96 pixels at depth 4. The dilations
-    (1, 2, 4, 8) see 30 cells, for the price of one more convolution. Nothing passes beyond this reach. But a cell
-    halfway between two others hears both of them, so these two may be up to twice as far apart.
+    (B,K,H/2^D,W/2^D) -> the same shape. A cell is one pixel of this map, which is 2^D pixels wide
+    in the image. A 5x5 convolution looks 2 cells to every side, times its dilation. The default is
+    the paper's: three convolutions without dilation, which see 6 cells. These are 48 pixels at
+    depth 3 and 96 pixels at depth 4. The dilations (1, 2, 4, 8) see 30 cells, for the price of one
+    more convolution. Nothing passes beyond this reach. But a cell halfway between two others hears
+    both of them, so these two may be up to twice as far apart.
     """
 
     def __init__(self, channels: int, dropout: float = 0.1, dilations: Sequence[int] = (1, 1, 1)):

@@ -8,13 +8,13 @@
                                            v
         mask  <--stitch-- logits <--decode-- skips + coarse maps
 
-Letters, here and in every file: B images in a batch, C channels, H W image, h w tile, R x Q grid (rows x columns, tiles
-always row-major in a list), K communicated channels, D depth, L classes. A cell is one pixel of a coarse map, which is
-2^D x 2^D pixels of the image.
+Letters, here and in every file: B images in a batch, C channels, H W image, h w tile, R x Q grid
+(rows x columns, tiles always row-major in a list), K communicated channels, D depth, L classes. A
+cell is one pixel of a coarse map, which is 2^D x 2^D pixels of the image.
 
-Source: Verburg, Heinlein, Cyr, "DDU-Net" (arXiv 2407.21266). There are two departures from it: one set of weights
-instead of a replica on every device, and running statistics of batch norm that are the mean over all tiles.
-This file imports nothing but torch: copy it.
+Source: Verburg, Heinlein, Cyr, "DDU-Net" (arXiv 2407.21266). There are two departures from it: one
+set of weights instead of a replica on every device, and running statistics of batch norm that are
+the mean over all tiles. This file imports nothing but torch: copy it.
 """
 
 import functools
@@ -40,8 +40,9 @@ class Tiling:
     cell: the borders between tiles lie on multiples of this many pixels, 2^D for a U-Net of depth D.
     overlap: how many pixels of its neighbours a tile also sees, on each side, as far as the image goes.
 
-    The tiles are as equal as whole cells allow: 2448 pixels in cells of 16 are 153 cells, so two tiles are 1232 and 1216
-    wide. If the image ends inside a cell, `split` pads it at the bottom and right, and `stitch` crops it again.
+    The tiles are as equal as whole cells allow: 2448 pixels in cells of 16 are 153 cells, so two
+    tiles are 1232 and 1216 wide. If the image ends inside a cell, `split` pads it at the bottom and
+    right, and `stitch` crops it again.
     ValueError: there are no tiles, or more than cells; or the overlap is not a whole number of cells.
     """
 
@@ -74,7 +75,8 @@ class Tiling:
         return Tiling(self.coarse_size, self.grid, overlap=self.overlap // self.cell)
 
     def spans(self, axis: int, overlap: int) -> list[tuple[int, int]]:
-        """Where each row of tiles (axis 0) or column of tiles (axis 1) begins and ends, in pixels. overlap: in pixels."""
+        """Where each row of tiles (axis 0) or column of tiles (axis 1) begins and ends, in pixels.
+        overlap: in pixels."""
         cells = self.coarse_size[axis]
         tiles = self.grid[axis]
         spans = []
@@ -118,7 +120,8 @@ class Tiling:
         pixels = self.overlap if overlap else 0
         tiles = []
         for top, bottom in self.spans(0, pixels):
-            # Rows first, then columns, to save memory: the gradient of a slice is as large as the tensor that was sliced.
+            # Rows first, then columns, to save memory: the gradient of a slice is as large as the
+            # tensor that was sliced.
             strip = x[..., top:bottom, :]
             for left, right in self.spans(1, pixels):
                 tile = strip[..., left:right]
@@ -168,12 +171,14 @@ class DecomposedUNet(nn.Module):
     comm_net: (B,K,H/2^D,W/2^D) -> the same shape. Without one (None, K = 0) the tiles know nothing of each other.
     comm_channels: K, at most the channels of the coarse map.
 
-    None of the three may use activation checkpointing inside: it would run layers again in the backward pass, when the
-    weights that `SharedModule` puts into them are no longer there. `recompute` does what it is for.
+    None of the three may use activation checkpointing inside: it would run layers again in the
+    backward pass, when the weights that `SharedModule` puts into them are no longer there.
+    `recompute` does what it is for.
     ValueError: a communication network without channels, or channels without a network.
     """
 
-    def __init__(self, encoder: nn.Module, decoder: nn.Module, comm_net: nn.Module | None = None, comm_channels: int = 0):
+    def __init__(self, encoder: nn.Module, decoder: nn.Module, comm_net: nn.Module | None = None,
+                 comm_channels: int = 0):
         super().__init__()
         if (comm_net is None) != (comm_channels == 0):
             raise ValueError(f"{comm_channels} communicated channels, but the communication network is {comm_net}")
@@ -189,24 +194,28 @@ class DecomposedUNet(nn.Module):
         """Tiles (B,C,h,w), as `tiling.split` made them -> a list of what `finish` returned for each tile.
 
         placement: the device of each tile. A tile is moved there, and all that belongs to it is computed there.
-        finish(i, logits): is called with the logits (B,L,h,w) of tile i, without overlap, on its device. What it returns
-            (these logits, or the tile's share of a loss) is all that comes back.
-        prepare(tile): is called with each tile on its device, before it is encoded; with recompute several times, so it
-            must draw no random numbers, and neither must finish.
-        recompute: trade time for memory. Without it, the activations of all tiles are kept until the backward pass. With
-            it, each tile is forgotten and computed again when it is needed, so a device holds the activations of one
-            tile at a time, and one device also those of the communication network. Loss, gradients and running
-            statistics are the same.
-        comm_device: where the communication network is computed; None: on the device of the first tile. Under autocast it
-            must be of the same type as the devices of the tiles, as autocast is for one type.
-        own: the numbers of the tiles that are computed here; None: all. The list that is returned has these tiles, in this
-            order. The others are computed by other processes, which call this at the same time. Each must have a tile.
-        add_up(x): the sum of x over these processes. It must be differentiable: in the backward pass it adds up the gradient
-            of x over the processes, too.
+        finish(i, logits): is called with the logits (B,L,h,w) of tile i, without overlap, on its
+            device. What it returns (these logits, or the tile's share of a loss) is all that comes
+            back.
+        prepare(tile): is called with each tile on its device, before it is encoded; with recompute
+            several times, so it must draw no random numbers, and neither must finish.
+        recompute: trade time for memory. Without it, the activations of all tiles are kept until
+            the backward pass. With it, each tile is forgotten and computed again when it is needed,
+            so a device holds the activations of one tile at a time, and one device also those of
+            the communication network. Loss, gradients and running statistics are the same.
+        comm_device: where the communication network is computed; None: on the device of the first
+            tile. Under autocast it must be of the same type as the devices of the tiles, as
+            autocast is for one type.
+        own: the numbers of the tiles that are computed here; None: all. The list that is returned
+            has these tiles, in this order. The others are computed by other processes, which call
+            this at the same time. Each must have a tile.
+        add_up(x): the sum of x over these processes. It must be differentiable: in the backward
+            pass it adds up the gradient of x over the processes, too.
 
-        Dropout: each tile has seeds of its own, by its number in the tiling, and so has the communication network. They
-            are drawn from PyTorch's generator of the CPU. So which channels are left out depends neither on recompute nor
-            on which GPU computes what. But a CPU draws other channels than a GPU.
+        Dropout: each tile has seeds of its own, by its number in the tiling, and so has the
+            communication network. They are drawn from PyTorch's generator of the CPU. So which
+            channels are left out depends neither on recompute nor on which GPU computes what. But a
+            CPU draws other channels than a GPU.
         ValueError: there is not one tile and one device for each tile of the tiling.
         """
         if not len(tiles) == len(placement) == len(tiling):
@@ -215,8 +224,8 @@ class DecomposedUNet(nn.Module):
             own = range(len(tiling))
         if comm_device is None:
             comm_device = placement[0]
-        # Each is called with the number of a tile and its inputs: encode(i, tile) runs the encoder on tile i, with a copy of
-        # its weights on placement[i] (see SharedModule below).
+        # Each is called with the number of a tile and its inputs: encode(i, tile) runs the encoder
+        # on tile i, with a copy of its weights on placement[i] (see SharedModule below).
         encode = SharedModule(self.encoder, placement, draw_seeds(len(tiling)))
         decode = SharedModule(self.decoder, placement, draw_seeds(len(tiling)))
         communicate = None
@@ -281,9 +290,10 @@ class DecomposedUNet(nn.Module):
                                prepare) -> list:
         """The same in two passes, each of which forgets a tile before it goes on to the next.
 
-        The first pass encodes each tile and keeps only what the tile sends. The second pass encodes it again, decodes it,
-        and keeps only what `finish` returns. The backward pass calls both functions again, one tile after the other. Until
-        then, what each tile has received stays on its device, and so do the activations of the communication network.
+        The first pass encodes each tile and keeps only what the tile sends. The second pass encodes
+        it again, decodes it, and keeps only what `finish` returns. The backward pass calls both
+        functions again, one tile after the other. Until then, what each tile has received stays on
+        its device, and so do the activations of the communication network.
         """
         def encode_to_send(i):
             _, coarse = encode(i, prepare(to_device(tiles[i], placement[i])))
@@ -334,8 +344,9 @@ def draw_seeds(number: int) -> list[int]:
 
 @contextmanager
 def random_numbers_of(seed: int, device: torch.device):
-    """Inside, dropout on the device draws the numbers that belong to a seed, so that a tile loses the same channels
-    wherever and however often it is computed. Outside, the random numbers go on as if nothing had been drawn."""
+    """Inside, dropout on the device draws the numbers that belong to a seed, so that a tile loses
+    the same channels wherever and however often it is computed. Outside, the random numbers go on
+    as if nothing had been drawn."""
     generator = generator_of(device)
     state = generator.get_state()
     generator.manual_seed(seed)
@@ -346,8 +357,8 @@ def random_numbers_of(seed: int, device: torch.device):
 
 
 def generator_of(device: torch.device) -> torch.Generator:
-    """The generator from which dropout on this device draws. Every GPU has its own, and torch.manual_seed gives the same
-    seed to all of them."""
+    """The generator from which dropout on this device draws. Every GPU has its own, and
+    torch.manual_seed gives the same seed to all of them."""
     if device.type == "cuda":
         index = torch.cuda.current_device() if device.index is None else device.index
         return torch.cuda.default_generators[index]
@@ -355,8 +366,8 @@ def generator_of(device: torch.device) -> torch.Generator:
 
 
 def to_device(tile: Tensor, device: torch.device) -> Tensor:
-    """A tile on its device. Copies from the CPU to a GPU go through pinned memory, so that the loop need not wait for one
-    GPU before it gives work to the next."""
+    """A tile on its device. Copies from the CPU to a GPU go through pinned memory, so that the loop
+    need not wait for one GPU before it gives work to the next."""
     if device.type == "cuda" and tile.device.type == "cpu":
         pinned = torch.empty_like(tile, pin_memory=True)  # in the tile's own order, so this is the only copy
         tile = pinned.copy_(tile)
@@ -366,13 +377,15 @@ def to_device(tile: Tensor, device: torch.device) -> Tensor:
 class SharedModule:
     """A module with one set of weights that is run on many tiles, each on its own device.
 
-    Weights: they are copied to each device once per step, as part of the graph. In the backward pass autograd carries
-    the gradients back through these copies and adds them up in the one set of weights. Nothing else has to be done.
+    Weights: they are copied to each device once per step, as part of the graph. In the backward
+    pass autograd carries the gradients back through these copies and adds them up in the one set of
+    weights. Nothing else has to be done.
 
-    Buffers (the running statistics of batch norm): every tile starts from the same old ones and changes a copy of its
-    own. `update_buffers` then takes the mean over all tiles. With momentum m (0.1 in PyTorch) a tile makes
-    (1 - m) * old + m * its own statistics, so the mean is (1 - m) * old + m * mean of the tiles' statistics.
-    So neither the number of devices nor the order of the tiles changes the result, but for rounding.
+    Buffers (the running statistics of batch norm): every tile starts from the same old ones and
+    changes a copy of its own. `update_buffers` then takes the mean over all tiles. With momentum m
+    (0.1 in PyTorch) a tile makes (1 - m) * old + m * its own statistics, so the mean is
+    (1 - m) * old + m * mean of the tiles' statistics. So neither the number of devices nor the order
+    of the tiles changes the result, but for rounding.
 
     Random numbers: whenever tile i is run, dropout draws those of seeds[i].
 
@@ -402,8 +415,9 @@ class SharedModule:
         """What the module makes of the inputs of tile i, which lie on placement[i]."""
         weights = self.weights_for(i)
         buffers = self.buffers_for(i)
-        # functional_call puts these weights into the module and takes them out again. In the backward pass with recompute,
-        # autograd runs the tiles of each GPU in a thread of its own, and without the lock they would mix up their weights.
+        # functional_call puts these weights into the module and takes them out again. In the
+        # backward pass with recompute, autograd runs the tiles of each GPU in a thread of its own,
+        # and without the lock they would mix up their weights.
         with self.lock, random_numbers_of(self.seeds[i], self.placement[i]):
             outputs = functional_call(self.module, (weights, buffers), inputs, tie_weights=False)
         self.count(i, buffers)
@@ -442,8 +456,9 @@ class SharedModule:
     def update_buffers(self, tiles: int, add_up: Callable):
         """The buffers of the module become the mean over all tiles. To be called once, after the forward pass.
 
-        tiles: how many there are, in all processes together; add_up: the sum over these processes. It is called once, for
-        all buffers in one tensor. That is of float64, which holds the values of all other types exactly.
+        tiles: how many there are, in all processes together; add_up: the sum over these processes.
+        It is called once, for all buffers in one tensor. That is of float64, which holds the values
+        of all other types exactly.
         """
         if not self.changing:
             return
@@ -476,9 +491,9 @@ def round_weights(weights: dict[str, Tensor], device: torch.device) -> dict[str,
 class RoundedWeight(torch.autograd.Function):
     """A weight as one of many tiles uses it: rounded, but with a gradient of the weight's own precision.
 
-    Autocast itself has two ways to round a weight, and both are bad for many tiles. With its cache, the gradients of all
-    tiles are added up in bfloat16, in which a small number that is added to a large one is lost. Without it, every tile
-    keeps a copy of all weights until the backward pass.
+    Autocast itself has two ways to round a weight, and both are bad for many tiles. With its cache,
+    the gradients of all tiles are added up in bfloat16, in which a small number that is added to a
+    large one is lost. Without it, every tile keeps a copy of all weights until the backward pass.
     """
 
     @staticmethod
@@ -492,8 +507,9 @@ class RoundedWeight(torch.autograd.Function):
 
 
 def buffers_that_change(module: nn.Module) -> list[list[str]]:
-    """The names of the buffers that a forward pass changes: those of the submodules in training mode. Batch norm that is
-    frozen, which means in evaluation mode, only reads its running statistics. Buffers of one type are together."""
+    """The names of the buffers that a forward pass changes: those of the submodules in training
+    mode. Batch norm that is frozen, which means in evaluation mode, only reads its running
+    statistics. Buffers of one type are together."""
     names = {}
     for prefix, part in module.named_modules():
         for name, buffer in part.named_buffers(recurse=False):

@@ -3,11 +3,12 @@
     python plan.py --gpus 4 --image-size 16384 --grid 16x16 --width 64 --depth 4 --batch-size 1 --recompute
     python plan.py --gpus 4 --image-size 2048 --grid 2x2 --width 64 --depth 4 --batch-size 1 --memory 24
 
-The step of train.py runs on fake tensors: they have a shape and a device but no numbers, and cost nothing. Every tensor
-that is made is followed until it is freed, and the bytes alive on each device are added up. The memory that a kernel
-needs only inside itself (the workspace of a convolution) is not seen, and neither is what the allocator rounds up.
-The options are those of train.py; --run takes those of a run from its folder. With --memory, the size of a GPU, it also
-tells what would fit.
+The step of train.py runs on fake tensors: they have a shape and a device but no numbers, and cost
+nothing. Every tensor that is made is followed until it is freed, and the bytes alive on each device
+are added up. The memory that a kernel needs only inside itself (the workspace of a convolution) is
+not seen, and neither is what the allocator rounds up. The options are those of train.py; --run
+takes those of a run from its folder. With --memory, the size of a GPU, it also tells what would
+fit.
 """
 
 import contextlib
@@ -97,8 +98,8 @@ def without_random_numbers():
 
 @contextlib.contextmanager
 def first_of_many(image_processes: int, moved: Counter):
-    """Inside, this process is the first of those that share an image. image_processes: how many there are. The bytes that it
-    hands over to be added up are counted in moved[TO_OTHERS]."""
+    """Inside, this process is the first of those that share an image. image_processes: how many
+    there are. The bytes that it hands over to be added up are counted in moved[TO_OTHERS]."""
     def all_reduce(tensor, group):
         moved[TO_OTHERS] += tensor.nbytes
 
@@ -108,8 +109,8 @@ def first_of_many(image_processes: int, moved: Counter):
 
 
 def keep_gradients_in_buckets(model: torch.nn.Module):
-    """The gradients of several processes are added up in memory that is kept from step to step, as it is done by
-    DistributedDataParallel."""
+    """The gradients of several processes are added up in memory that is kept from step to step, as
+    it is done by DistributedDataParallel."""
     def copy_to_bucket(weight):
         weight.grad = buckets[weight].copy_(weight.grad)
 
@@ -121,9 +122,9 @@ def keep_gradients_in_buckets(model: torch.nn.Module):
 def fake_step(config: dict) -> tuple[LiveMemory, list[Counter]]:
     """One training step of train.py. Returns what was alive and moved, and the peaks of its phases.
 
-    GPU i is called "cpu:{i + 1}", a CPU with a number, for which no driver need exist. With `gpus` 0, "cpu:1" is the CPU
-    of a run without GPUs, and holds the images too. Of several processes that share an image, it is the step of the first
-    one, which has the most tiles.
+    GPU i is called "cpu:{i + 1}", a CPU with a number, for which no driver need exist. With `gpus`
+    0, "cpu:1" is the CPU of a run without GPUs, and holds the images too. Of several processes that
+    share an image, it is the step of the first one, which has the most tiles.
     """
     devices = [torch.device("cpu", i + 1) for i in range(max(config["gpus"], 1))]
     host = devices[0]
@@ -169,9 +170,9 @@ def fake_step(config: dict) -> tuple[LiveMemory, list[Counter]]:
 def predict(config: dict) -> tuple[Counter, Counter]:
     """Peak bytes of each device, and bytes moved by (from, to), in seconds for any number of tiles.
 
-    From three and four tiles for each device on, what a phase of the step needs goes up in a straight line. Uneven tiles
-    are taken to be as large as the largest; with an overlap, so are their parts of the image and of the coarse map,
-    which is a little too much.
+    From three and four tiles for each device on, what a phase of the step needs goes up in a
+    straight line. Uneven tiles are taken to be as large as the largest; with an overlap, so are
+    their parts of the image and of the coarse map, which is a little too much.
     """
     tiling = build_tiling(config, config["image_size"])
     devices = max(config["gpus"], 1)
@@ -221,9 +222,9 @@ def fullest(config: dict) -> int:
 # What would fit
 
 def largest_image(config: dict, memory: float) -> int:
-    """Side of the largest square image, in equal tiles of two cells or more to a side, whose training step stays below
-    `memory` bytes on every GPU; 0 if none does. Peak memory grows nearly in a straight line with the number of pixels,
-    so two sizes tell where to begin."""
+    """Side of the largest square image, in equal tiles of two cells or more to a side, whose
+    training step stays below `memory` bytes on every GPU; 0 if none does. Peak memory grows nearly
+    in a straight line with the number of pixels, so two sizes tell where to begin."""
     def peak(side: int) -> int:
         return fullest({**config, "image_size": (side, side)})
 
@@ -324,8 +325,8 @@ def print_what_fits(config: dict, gib: float, needed: int):
 def describe_images(config: dict):
     """Adds to the options what train.py would find in the images. DataError: they cannot be cut."""
     if config["dataset"] != "synthetic" or config["crop"]:
-        raise DataError("plan.py looks at no images: give --image-size, --channels and --classes instead of --dataset and "
-                        "--crop")
+        raise DataError("plan.py looks at no images: give --image-size, --channels and --classes instead of --dataset "
+                        "and --crop")
     check_sizes(config, {config["image_size"]: "--image-size"}, config["batch_size"])
     config["classes"] = range(config["classes"])
     config["mean"] = [0.0] * config["channels"]
@@ -342,8 +343,8 @@ def refuse_other_options(given: list[str], parser):
 def main(arguments: list[str] | None = None):
     parser = make_parser("Predict the peak memory of each GPU in a training step of train.py, without a GPU.")
     parser.add_argument("--run", type=Path, help="folder of a run of train.py whose options are to be taken")
-    parser.add_argument("--memory", type=number(0.1, float), metavar="GIB", help="memory of a GPU, to be told also what "
-                        "would fit into it")
+    parser.add_argument("--memory", type=number(0.1, float), metavar="GIB", help="memory of a GPU, to be told also "
+                        "what would fit into it")
     parser.add_argument("--channels", type=number(1), default=1, help="channels of the image")
     parser.add_argument("--classes", type=number(2, largest=255), default=3, help="classes of the mask")
     config = parse(arguments, parser, amp=True)  # as all recent GPUs do

@@ -2,14 +2,15 @@
 
     python predict.py runs/NAME/best.pt IMAGE_OR_FOLDER... [--out DIR] [--gpus N] [--grid RxQ] [--masks DIR]
 
-Writes the class of every pixel of each image: NAME.png with a palette, so that it is readable by eye and by program, or
-for NAME.npy an array NAME.npy, written tile by tile. Writes also NAME-overlay.png, the classes over the image, at most
-2048 pixels wide or high. Images are cut into tiles no larger than those of training (but an image larger than those of
-training into tiles of at least 256x256), and one tile at a time is alive on each device.
-From a folder, predict.py takes all images, also those in its subfolders, and --out gets the same subfolders. With
---probabilities, it also writes the probability of every class. With --masks, a folder of true masks of the same names,
-it also scores the predictions, in metrics.json.
-Exit status: 0, all images are done; 1, some of them failed; 2, all failed. Each image that failed is named.
+Writes the class of every pixel of each image: NAME.png with a palette, so that it is readable by
+eye and by program, or for NAME.npy an array NAME.npy, written tile by tile. Writes also
+NAME-overlay.png, the classes over the image, at most 2048 pixels wide or high. Images are cut into
+tiles no larger than those of training (but an image larger than those of training into tiles of at
+least 256x256), and one tile at a time is alive on each device. From a folder, predict.py takes all
+images, also those in its subfolders, and --out gets the same subfolders. With --probabilities, it
+also writes the probability of every class. With --masks, a folder of true masks of the same names,
+it also scores the predictions, in metrics.json. Exit status: 0, all images are done; 1, some of
+them failed; 2, all failed. Each image that failed is named.
 """
 
 import argparse
@@ -117,13 +118,13 @@ def make_parser() -> Parser:
     parser = Parser(description="Segment images with a trained network, a tile at a time.")
     option = parser.add_argument
     option("checkpoint", type=Path, help="best.pt of a run of train.py, or the folder of the run")
-    option("images", type=Path, nargs="+", metavar="IMAGE_OR_FOLDER", help="PNG, JPEG, TIFF or .npy, or a folder, of which "
-           "all images are taken, also those in its subfolders")
+    option("images", type=Path, nargs="+", metavar="IMAGE_OR_FOLDER", help="PNG, JPEG, TIFF or .npy, or a folder, of "
+           "which all images are taken, also those in its subfolders")
     option("--out", type=Path, metavar="DIR", help="folder to write to, which gets the subfolders of the images "
            "(default: a new one, predictions)")
     option("--gpus", type=number(1), metavar="N", help="GPUs to use (default: all there are)")
-    option("--grid", type=pair, metavar="RxQ", help="rows x columns of tiles (default: as many as keep them no larger than "
-           "in training, but for larger images at least 256x256)")
+    option("--grid", type=pair, metavar="RxQ", help="rows x columns of tiles (default: as many as keep them no larger "
+           "than in training, but for larger images at least 256x256)")
     option("--probabilities", action="store_true", help="write also NAME-probabilities.npy, the probability of each "
            "class at each pixel: float16 of shape (classes, height, width) (default: no)")
     option("--masks", type=Path, metavar="DIR", help="folder of true masks, to score the predictions; "

@@ -10,8 +10,8 @@
     |           |       O   |  |           |        O  |
     +-----------+-----------+  +-----------+-----------+
 
-Source: Verburg, Heinlein, Cyr, "DDU-Net" (arXiv 2407.21266). `python synthetic.py` draws a sheet of examples.
-This file imports nothing but numpy and torch: copy it.
+Source: Verburg, Heinlein, Cyr, "DDU-Net" (arXiv 2407.21266). `python synthetic.py` draws a sheet of
+examples. This file imports nothing but numpy and torch: copy it.
 """
 
 import numpy as np
@@ -21,9 +21,9 @@ from torch.utils.data import Dataset
 
 SPLITS = ("train", "val", "test")
 
-# The classes. To add one, write its number, name and colour here, and draw it in LinesAndCircles.draw; where it lies is to
-# be drawn by __getitem__. Then name it in CLASSES of experiments/common.py. Some tests in tests/test_synthetic.py know that
-# there are three.
+# The classes. To add one, write its number, name and colour here, and draw it in
+# LinesAndCircles.draw; where it lies is to be drawn by __getitem__. Then name it in CLASSES of
+# experiments/common.py. Some tests in tests/test_synthetic.py know that there are three.
 BACKGROUND = 0
 LINE = 1
 CIRCLE = 2
@@ -134,8 +134,9 @@ def distance_to_point(size: tuple[int, int], point: np.ndarray) -> np.ndarray:
 
 
 def distance_to_segment(size: tuple[int, int], start: np.ndarray, end: np.ndarray) -> np.ndarray:
-    """(H,W): how far each pixel is from the straight line between two different points. The distance is infinite for a
-    pixel before the start or behind the end, so that a thick line is cut off straight."""
+    """(H,W): how far each pixel is from the straight line between two different points. The
+    distance is infinite for a pixel before the start or behind the end, so that a thick line is cut
+    off straight."""
     y, x = offsets(size, start)
     dy, dx = end - start
     squared_length = dy**2 + dx**2

@@ -9,8 +9,9 @@
 
 Every run leaves a folder with metrics.json, log.csv, best.pt, last.pt, curves.png and predictions.png.
 
-Read it from top to bottom: where each tile lives, the loss, a training step, an epoch, validation, and `train`, which
-puts them together. Options, files, resuming and many processes are in support/. Letters as in decompose.py.
+Read it from top to bottom: where each tile lives, the loss, a training step, an epoch, validation,
+and `train`, which puts them together. Options, files, resuming and many processes are in support/.
+Letters as in decompose.py.
 """
 
 import copy
@@ -43,8 +44,8 @@ from support.values import normalise
 def place(tiling: Tiling, devices: list[torch.device]) -> list[torch.device]:
     """The device of each tile: tile i lives on cuda:(i mod gpus).
 
-    Where several processes share an image, they take its tiles in turn (see own_tiles in support/processes.py), and each
-    deals out its own tiles in this way.
+    Where several processes share an image, they take its tiles in turn (see own_tiles in
+    support/processes.py), and each deals out its own tiles in this way.
     """
     placement = []
     for i in range(len(tiling)):
@@ -55,7 +56,8 @@ def place(tiling: Tiling, devices: list[torch.device]) -> list[torch.device]:
 
 def run_tiles(model: nn.Module, images: Tensor, tiling: Tiling, devices: list, config: dict,
               finish: Callable) -> list:
-    """Images (B,C,H,W) as they are stored, not yet normalised -> finish(i, logits) of every tile i, on the tile's device."""
+    """Images (B,C,H,W) as they are stored, not yet normalised -> finish(i, logits) of every tile i,
+    on the tile's device."""
     def prepare(tile):
         return normalise(tile, config["mean"], config["std"], config.get("range"))
 
@@ -72,7 +74,8 @@ def run_tiles(model: nn.Module, images: Tensor, tiling: Tiling, devices: list, c
 
 def batch_loss(model: nn.Module, images: Tensor, masks: Tensor, tiling: Tiling, devices: list,
                config: dict) -> Tensor:
-    """Images (B,C,H,W), masks (B,H,W) -> the loss, on the first device. Each tile gives its sums, and only these travel.
+    """Images (B,C,H,W), masks (B,H,W) -> the loss, on the first device. Each tile gives its sums,
+    and only these travel.
 
     config: must hold "mean", "std", "amp" and "recompute", and may hold "range" and "loss_weights".
     """
@@ -105,13 +108,13 @@ def train_step(model: nn.Module, images: Tensor, masks: Tensor, optimizer, sched
 
 
 def set_training_mode(model: nn.Module, frozen: bool):
-    """Puts the network into training mode. frozen: batch norm alone is put into evaluation mode, in which it uses its
-    running statistics and does not change them.
+    """Puts the network into training mode. frozen: batch norm alone is put into evaluation mode, in
+    which it uses its running statistics and does not change them.
 
-    By default it is frozen in the second half of the steps. Until then every tile is normalised by its own statistics,
-    and in evaluation by the running statistics. Where a step sees few images the two differ, and a network that was
-    trained with the first alone fails with the second. Source of the idea: Wu, Johnson, "Rethinking 'Batch' in
-    BatchNorm" (arXiv 2105.07576).
+    By default it is frozen in the second half of the steps. Until then every tile is normalised by
+    its own statistics, and in evaluation by the running statistics. Where a step sees few images
+    the two differ, and a network that was trained with the first alone fails with the second.
+    Source of the idea: Wu, Johnson, "Rethinking 'Batch' in BatchNorm" (arXiv 2105.07576).
     """
     model.train()
     for layer in batch_norms(model):
@@ -127,8 +130,8 @@ def train_epoch(model: nn.Module, loader, optimizer, schedule, config: dict, dev
                 freeze_after: int) -> float:
     """One pass over the training images. Returns the mean loss. Diverged: a loss is nan or infinite.
 
-    freeze_after: the number of steps, counted over all epochs, after which batch norm is frozen. That may be before this
-    epoch, in it, or after it.
+    freeze_after: the number of steps, counted over all epochs, after which batch norm is frozen.
+    That may be before this epoch, in it, or after it.
     """
     steps_done = schedule.last_epoch  # PyTorch's name for the number of steps that the schedule has made
     frozen = steps_done > freeze_after  # in an earlier epoch
@@ -185,7 +188,8 @@ def evaluate(model: nn.Module, loader, config: dict, devices: list) -> dict:
 
         larger = math.prod(tiling.size) > math.prod(config["image_size"])
         recompute = config["recompute"] or larger  # an image larger than those of training may not fit without it
-        for tile_sums, tile_counts in run_tiles(model, images, tiling, devices, {**config, "recompute": recompute}, measure):
+        settings = {**config, "recompute": recompute}
+        for tile_sums, tile_counts in run_tiles(model, images, tiling, devices, settings, measure):
             sums += tile_sums.to(first)
             counts += tile_counts.to(first)
     # Only here do the processes wait for each other, so one may have fewer batches than another.
@@ -199,8 +203,8 @@ def compare_modes(model: nn.Module, loader, config: dict, devices: list,
                   frozen: bool) -> dict[str, float]:
     """The mean loss of 16 training images, or of a batch, in training mode and in evaluation mode, without dropout.
 
-    The two should be alike, as a network is used in evaluation mode. frozen: whether batch norm was frozen when these
-    weights were saved.
+    The two should be alike, as a network is used in evaluation mode. frozen: whether batch norm was
+    frozen when these weights were saved.
     """
     model = copy.deepcopy(model)  # training mode changes the running statistics
     batches = math.ceil(16 / config["batch_size"])
@@ -272,8 +276,8 @@ def train(config: dict, devices: list, out: Path, state: dict | None = None) -> 
 @torch.no_grad()
 def predict_some(model: nn.Module, dataset, config: dict, devices: list,
                  count: int = 4) -> tuple[dict[str, list[Tensor]], list[list]]:
-    """The first images of a data set, their true masks and their predictions, reduced to the size of a picture; and the
-    boxes of the tiles in these pictures."""
+    """The first images of a data set, their true masks and their predictions, reduced to the size
+    of a picture; and the boxes of the tiles in these pictures."""
     model.eval()
     config = {**config, "recompute": True}
     pictures = {"image": [], "true mask": [], "prediction": []}
@@ -291,7 +295,8 @@ def predict_some(model: nn.Module, dataset, config: dict, devices: list,
         run_tiles(model, image[None], tiling, devices, config, write)
         pictures["image"].append(picture.image(image))
         pictures["true mask"].append(true_mask)
-        pictures["prediction"].append(processes.sum_over_group(prediction))  # each process wrote its own tiles into zeros
+        # Each process wrote its own tiles into zeros.
+        pictures["prediction"].append(processes.sum_over_group(prediction))
         boxes.append(picture.boxes())
     return pictures, boxes
 

@@ -13,9 +13,9 @@
         +--- DoubleConv = coarse map (B,2^D*width,H/2^D,W/2^D) ---------+
 
 Letters: B images, C channels, H W image, D depth (number of poolings), L classes.
-Sources: Ronneberger, Fischer, Brox, "U-Net" (arXiv 1505.04597). The variant with batch normalisation, dropout and
-padded convolutions is that of Verburg, Heinlein, Cyr, "DDU-Net" (arXiv 2407.21266).
-This file imports nothing but torch: copy it.
+Sources: Ronneberger, Fischer, Brox, "U-Net" (arXiv 1505.04597). The variant with batch
+normalisation, dropout and padded convolutions is that of Verburg, Heinlein, Cyr, "DDU-Net" (arXiv
+2407.21266). This file imports nothing but torch: copy it.
 """
 
 from collections.abc import Callable
@@ -23,8 +23,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-# Makes the layer that normalises so many channels: width, 2 * width, 4 * width, ... on the way down. For group norm of 8
-# groups, take a width that 8 divides.
+# Makes the layer that normalises so many channels: width, 2 * width, 4 * width, ... on the way
+# down. For group norm of 8 groups, take a width that 8 divides.
 Norm = Callable[[int], nn.Module]
 
 
@@ -47,8 +47,8 @@ class DoubleConv(nn.Sequential):
 class Encoder(nn.Module):
     """The way down: (B,C,h,w) -> (skips, coarse map).
 
-    The skips are a list of D maps, finest first. That of level l = 0 .. D-1 is (B, width*2^l, h/2^l, w/2^l).
-    The coarse map is (B, width*2^D, h/2^D, w/2^D).
+    The skips are a list of D maps, finest first. That of level l = 0 .. D-1 is (B, width*2^l,
+    h/2^l, w/2^l). The coarse map is (B, width*2^D, h/2^D, w/2^D).
     ValueError: h or w is not a multiple of 2^D.
     """
 
@@ -108,8 +108,9 @@ class UNet(nn.Module):
     width: channels of the finest level. Each level below has twice as many.
     depth: how often the image is halved. H and W must be multiples of 2^depth.
     dropout: the probability with which a channel is left out in training.
-    norm: makes the layer that normalises a number of channels; a class or a function. For group norm, define a function
-        that returns nn.GroupNorm(4, channels). The layer should add a bias, as the convolutions before it add none.
+    norm: makes the layer that normalises a number of channels; a class or a function. For group
+        norm, define a function that returns nn.GroupNorm(4, channels). The layer should add a bias,
+        as the convolutions before it add none.
     """
 
     def __init__(self, in_channels: int, classes: int, width: int = 32, depth: int = 4, dropout: float = 0.1,

@@ -3,10 +3,10 @@
     OMP_NUM_THREADS=1 python -m experiments.animation       # 3 minutes of one core
     python -m experiments.animation --quick                 # seconds
 
-Trains with the defaults of train.py, once with communication and once without, unless that has been done before. Then
-it shows what the two networks make of one test image. Nothing is painted by hand: the maps are tensors of the network.
-Of the K channels of a map, the one that is most like the true mask is shown. Writes runs/animation/animation.gif; that
-in experiments/ is a copy.
+Trains with the defaults of train.py, once with communication and once without, unless that has been
+done before. Then it shows what the two networks make of one test image. Nothing is painted by hand:
+the maps are tensors of the network. Of the K channels of a map, the one that is most like the true
+mask is shown. Writes runs/animation/animation.gif; that in experiments/ is a copy.
 """
 
 from pathlib import Path
@@ -57,8 +57,8 @@ COLORS = 256  # in all frames the same, so that what does not change takes no ro
 def look_inside(model: DecomposedUNet, image: Tensor, mask: Tensor, tiling: Tiling) -> tuple[list[Tensor], Tensor]:
     """An image (C,H,W) and its true mask (H,W) -> coarse maps (H/2^D,W/2^D), and the mask (H,W) that the model draws.
 
-    The coarse maps are the input of the communication network, and then what each of its layers makes of it. There are
-    none if the model does not communicate.
+    The coarse maps are the input of the communication network, and then what each of its layers
+    makes of it. There are none if the model does not communicate.
     """
     figures = (mask > 0).float()[None]  # discs and line
     coarse_figures = nn.functional.avg_pool2d(figures, tiling.cell).flatten()

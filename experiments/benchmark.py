@@ -6,13 +6,14 @@
     python -m experiments.benchmark --distributed                         # two processes against one: distributed.py
     python -m experiments.benchmark --quick                               # seconds
 
-Forward, loss, backward and Adam on one random image that is there already: no data loading. All contestants take
-turns in one process, so that the ratios hold on a machine whose speed drifts; times are medians over the rounds,
-after a step to warm up. Peak memory is what the allocator says on a GPU, and on a CPU the sum of all tensors alive
-(weights, gradients, Adam's two averages and the image included). Contestants that the memory does not hold are shown
-as such. Writes runs/benchmark/benchmark.csv and benchmark.png; the last line of the output is JSON.
-On Linux the C library's ways with large tensors show in the times of large images, and in the memory of the process:
-"What it costs" in the README has the variables to put in front of the command.
+Forward, loss, backward and Adam on one random image that is there already: no data loading. All
+contestants take turns in one process, so that the ratios hold on a machine whose speed drifts;
+times are medians over the rounds, after a step to warm up. Peak memory is what the allocator says
+on a GPU, and on a CPU the sum of all tensors alive (weights, gradients, Adam's two averages and the
+image included). Contestants that the memory does not hold are shown as such. Writes
+runs/benchmark/benchmark.csv and benchmark.png; the last line of the output is JSON. On Linux the C
+library's ways with large tensors show in the times of large images, and in the memory of the
+process: "What it costs" in the README has the variables to put in front of the command.
 """
 
 import argparse

@@ -4,11 +4,11 @@
     OMP_NUM_THREADS=1 python -m experiments.comm_channels --depths 3 --channels 0 4 --seeds 0    # a part of it
     python -m experiments.comm_channels --quick                                     # seconds
 
-Trains with the defaults of train.py (64x64 pixels in 2x2 tiles) but for depth, K and seed, and takes the test IoU of
-every class. A K that is larger than the coarse map has channels is left out: at depth 2 that has 32.
-Results are added to runs/comm_channels/comm_channels.csv as they come, what is there already is not made again, and two
-processes with different --depths, --channels or --seeds may run side by side. Writes comm_channels.md and
-comm_channels.png beside it.
+Trains with the defaults of train.py (64x64 pixels in 2x2 tiles) but for depth, K and seed, and
+takes the test IoU of every class. A K that is larger than the coarse map has channels is left out:
+at depth 2 that has 32. Results are added to runs/comm_channels/comm_channels.csv as they come, what
+is there already is not made again, and two processes with different --depths, --channels or --seeds
+may run side by side. Writes comm_channels.md and comm_channels.png beside it.
 """
 
 from pathlib import Path

@@ -1,7 +1,8 @@
 """What the experiments share: runs and results that are not made twice, tables, pictures of several seeds.
 
-A result is a row of a CSV file: a dictionary from the name of each column to a number or a text. What tells the rows of
-one measurement from the others (the model, the seed, ...) is called its case.
+A result is a row of a CSV file: a dictionary from the name of each column to a number or a text.
+What tells the rows of one measurement from the others (the model, the seed, ...) is called its
+case.
 """
 
 import csv
@@ -63,8 +64,9 @@ def file_name(name: str) -> str:
 def trained(out: Path, options: list[str], comm_net: type[nn.Module] = CommNet) -> dict:
     """The metrics of the run in the folder `out`.
 
-    It is trained now, unless it has been trained before; an interrupted run goes on. In float32, so that the hardware
-    makes little difference. comm_net: another communication network than that of comm_net.py.
+    It is trained now, unless it has been trained before; an interrupted run goes on. In float32, so
+    that the hardware makes little difference. comm_net: another communication network than that of
+    comm_net.py.
     """
     if not (out / "metrics.json").exists():
         options = ["--no-amp"] + options
@@ -182,8 +184,8 @@ def table_line(cells: list) -> str:
 # Pictures
 
 def plot_spread(axes, rows: list[dict], x: str, y: str, **style):
-    """A line through the mean of the column y at every value of the column x, with a band from the smallest to the
-    largest."""
+    """A line through the mean of the column y at every value of the column x, with a band from the
+    smallest to the largest."""
     positions = different(rows, x)
     means, smallest, largest = [], [], []
     for position in positions:

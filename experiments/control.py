@@ -3,10 +3,10 @@
     OMP_NUM_THREADS=1 python -m experiments.control          # 20 minutes of one core
     python -m experiments.control --quick                    # seconds
 
-Trains three models with the defaults of train.py and three seeds. The second one has every parameter of the first, but
-its communication network works on each tile's part of the coarse map alone, so that no tile hears of another.
-Results are added to runs/control/control.csv as they come, and what is there already is not made again. Writes
-control.md and control.png beside it.
+Trains three models with the defaults of train.py and three seeds. The second one has every
+parameter of the first, but its communication network works on each tile's part of the coarse map
+alone, so that no tile hears of another. Results are added to runs/control/control.csv as they come,
+and what is there already is not made again. Writes control.md and control.png beside it.
 """
 
 from pathlib import Path

@@ -4,13 +4,14 @@
     python -m experiments.deepglobe DIR --seeds 0 --recompute --epochs 10    # any options of train.py after DIR
     python -m experiments.deepglobe --quick                                  # a few small images made here, in seconds
 
-Trains each model with three seeds on whole images, and scores the best epoch on all three splits, without crops or
-augmentation. The mean is over the classes that occur, the IoU of each over all pixels of a split; pixels whose true
-class is unknown are neither learned nor scored. The networks are the paper's (width 32, depth 4, K 64, dropout 0.1), in
-2x2 tiles; epochs, batch size and learning rate are a choice of our own, not tried on the data. With them the plain
-U-Net needs 42 GiB on its one GPU by plan.py's count, and half of it with --batch-size 1. Results are added to
-runs/deepglobe/deepglobe.csv as they come, and what is there already is not made again. Writes deepglobe.md and
-deepglobe.png beside it.
+Trains each model with three seeds on whole images, and scores the best epoch on all three splits,
+without crops or augmentation. The mean is over the classes that occur, the IoU of each over all
+pixels of a split; pixels whose true class is unknown are neither learned nor scored. The networks
+are the paper's (width 32, depth 4, K 64, dropout 0.1), in 2x2 tiles; epochs, batch size and
+learning rate are a choice of our own, not tried on the data. With them the plain U-Net needs 42 GiB
+on its one GPU by plan.py's count, and half of it with --batch-size 1. Results are added to
+runs/deepglobe/deepglobe.csv as they come, and what is there already is not made again. Writes
+deepglobe.md and deepglobe.png beside it.
 """
 
 from pathlib import Path

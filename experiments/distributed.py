@@ -3,11 +3,12 @@
     python -m experiments.benchmark --distributed            # six minutes on two CPU cores
     python -m experiments.benchmark --distributed --quick    # two processes that share images, in seconds
 
-First they share out batches: the network and the images are the defaults of train.py, 64x64 pixels in 2x2 tiles, 16
-images in a batch. Then they share one image of 512x512 pixels in 2x2 tiles, with --image-processes 2, width 16 and depth
-4. Gloo on the CPU. The two take turns. In the same processes, every step is made once more
-without a word to the others: the difference is the time of the exchange, waiting for the slower one included. The bytes
-are those that each process hands over to be added. Writes runs/distributed/distributed.csv and prints its rows.
+First they share out batches: the network and the images are the defaults of train.py, 64x64 pixels
+in 2x2 tiles, 16 images in a batch. Then they share one image of 512x512 pixels in 2x2 tiles, with
+--image-processes 2, width 16 and depth 4. Gloo on the CPU. The two take turns. In the same
+processes, every step is made once more without a word to the others: the difference is the time of
+the exchange, waiting for the slower one included. The bytes are those that each process hands over
+to be added. Writes runs/distributed/distributed.csv and prints its rows.
 """
 
 import statistics

@@ -3,13 +3,16 @@
     OMP_NUM_THREADS=1 python -m experiments.generalise       # 20 minutes of one core
     python -m experiments.generalise --quick                 # seconds
 
-Trains with the defaults of train.py (64x64 pixels in 2x2 tiles), three seeds, and the plain U-Net beside it. Then,
-without more training, tests them on 300 new images:
-  64x64 cut in 1x1, 2x2, 4x4 and 8x8: the same images in larger and smaller tiles than those of training;
-  128x128 in 4x4 and 256x256 in 8x8: tiles as in training, but more of them. There the discs are once in any two tiles
-  of 32x32, and once in neighbouring ones, which keeps them as close as in training.
-The plain U-Net always gets the whole image. Results are added to runs/generalise/generalise.csv as they come, and what
-is there already is not made again. Writes generalise.md and generalise.png beside it.
+Trains with the defaults of train.py (64x64 pixels in 2x2 tiles), three seeds, and the plain U-Net
+beside it. Then, without more training, tests them on 300 new images:
+- 64x64 cut in 1x1, 2x2, 4x4 and 8x8: the same images in larger and smaller tiles than those of
+  training;
+- 128x128 in 4x4 and 256x256 in 8x8: tiles as in training, but more of them. There the discs are
+  once in any two tiles of 32x32, and once in neighbouring ones, which keeps them as close as in
+  training.
+The plain U-Net always gets the whole image. Results are added to runs/generalise/generalise.csv as
+they come, and what is there already is not made again. Writes generalise.md and generalise.png
+beside it.
 """
 
 from pathlib import Path

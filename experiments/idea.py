@@ -2,8 +2,8 @@
 
     python -m experiments.idea RUN        # RUN: a folder that train.py made, with communication
 
-problem.png: what the network is given, what it must find, and how little of it one tile sees. idea.png: one image on
-its way through the network. Both are written to experiments/. Takes seconds.
+problem.png: what the network is given, what it must find, and how little of it one tile sees.
+idea.png: one image on its way through the network. Both are written to experiments/. Takes seconds.
 """
 
 import sys

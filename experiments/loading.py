@@ -3,8 +3,9 @@
     python -m experiments.loading              # 3 minutes on two cores
     python -m experiments.loading --quick      # seconds
 
-The images are 16 PNGs of 2448x2448 pixels with the content of photographs: smooth, with a little noise, compressed as JPEG
-before. Of each a window of 512x512 is learned from, four in a step, for three epochs. Writes loading.md to runs/loading.
+The images are 16 PNGs of 2448x2448 pixels with the content of photographs: smooth, with a little
+noise, compressed as JPEG before. Of each a window of 512x512 is learned from, four in a step, for
+three epochs. Writes loading.md to runs/loading.
 """
 
 import io

@@ -4,12 +4,14 @@
     python -m experiments.memory --sizes 2048 16384
     python -m experiments.memory --quick             # seconds
 
-The network is the paper's: width 64, depth 4, dropout 0.1, K 64; one image of 3 channels and 7 classes. The plain U-Net
-has one GPU, the decomposed ones share 8x8 tiles among all there are. Where there is a GPU, real steps are made and its
-allocator asked for the peak, and a step that does not fit is "out of memory"; where there is none, some are pretended, and
-plan.py adds up the tensors alive (weights, gradients, Adam's averages, activations; not the workspace of convolutions).
-Results are added to runs/memory/memory.csv as they come, and what is there already is not made again. Writes memory.md,
-communication.md (the share of the communication network) and memory.png beside it.
+The network is the paper's: width 64, depth 4, dropout 0.1, K 64; one image of 3 channels and 7
+classes. The plain U-Net has one GPU, the decomposed ones share 8x8 tiles among all there are. Where
+there is a GPU, real steps are made and its allocator asked for the peak, and a step that does not
+fit is "out of memory"; where there is none, some are pretended, and plan.py adds up the tensors
+alive (weights, gradients, Adam's averages, activations; not the workspace of convolutions). Results
+are added to runs/memory/memory.csv as they come, and what is there already is not made again.
+Writes memory.md, communication.md (the share of the communication network) and memory.png beside
+it.
 """
 
 import gc

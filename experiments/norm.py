@@ -4,14 +4,15 @@
     OMP_NUM_THREADS=1 python -m experiments.norm --tasks lines      # many hours of one core
     python -m experiments.norm --quick                              # seconds
 
-lines: the discs and lines of train.py. areas: images that are dark or bright, as a whole or by halves, so
-that a tile is all of one class; normalised by its own statistics, a dark tile looks like a bright one.
-Three models (with communication, without, and the U-Net on the whole image) are trained with one, four and sixteen
-images in a step. The peak of the learning rate is 0.015 for sixteen images, and goes with the root of the batch size.
-Batch norm is frozen after a quarter, a half, three quarters of the steps, or never. A last setting has group norm of
-eight groups in encoder and decoder, and the communication network frozen after a half.
-Scores are those of the test images: the IoU of the line, and the mean IoU of the areas. Results are added to
-runs/norm/norm.csv as they come, what is there already is not made again, and two processes with different --tasks,
+lines: the discs and lines of train.py. areas: images that are dark or bright, as a whole or by
+halves, so that a tile is all of one class; normalised by its own statistics, a dark tile looks like
+a bright one. Three models (with communication, without, and the U-Net on the whole image) are
+trained with one, four and sixteen images in a step. The peak of the learning rate is 0.015 for
+sixteen images, and goes with the root of the batch size. Batch norm is frozen after a quarter, a
+half, three quarters of the steps, or never. A last setting has group norm of eight groups in
+encoder and decoder, and the communication network frozen after a half. Scores are those of the test
+images: the IoU of the line, and the mean IoU of the areas. Results are added to runs/norm/norm.csv
+as they come, what is there already is not made again, and two processes with different --tasks,
 --batch-sizes or --seeds may run side by side. Writes norm.md and norm.png beside it.
 """
 
@@ -50,8 +51,9 @@ QUICK_AREAS = {"train": 8, "val": 2, "test": 2}
 # The images of the task `areas`
 
 def draw_areas(folder: Path, images: dict[str, int], seed: int):
-    """Grey images (64,64) that are dark or bright, as a whole or by halves, and masks of 0 (dark) and 1 (bright), as
-    train.py reads them. So each of 2x2 tiles is of one class, and normalised by its own statistics it tells nothing."""
+    """Grey images (64,64) that are dark or bright, as a whole or by halves, and masks of 0 (dark)
+    and 1 (bright), as train.py reads them. So each of 2x2 tiles is of one class, and normalised by
+    its own statistics it tells nothing."""
     rng = np.random.default_rng(seed)
     for split, count in images.items():
         for kind in ("images", "masks"):

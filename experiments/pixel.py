@@ -3,10 +3,11 @@
     OMP_NUM_THREADS=1 python -m experiments.pixel       # 8 minutes of one core
     python -m experiments.pixel --quick                 # seconds
 
-The image is a row of 8 tiles of 32x32 pixels with a disc near each end. The pixel is in the middle of the line between
-them. The answer at this pixel is the logit of "line" less the logit of "background". Shown is the size of its gradient
-with respect to every pixel of the image: it is large where a small change of the image would change the answer most.
-The frame holds all that the answer can depend on; beyond it the gradient is exactly zero.
+The image is a row of 8 tiles of 32x32 pixels with a disc near each end. The pixel is in the middle
+of the line between them. The answer at this pixel is the logit of "line" less the logit of
+"background". Shown is the size of its gradient with respect to every pixel of the image: it is
+large where a small change of the image would change the answer most. The frame holds all that the
+answer can depend on; beyond it the gradient is exactly zero.
 
 Trains the four networks, unless that has been done before. Writes runs/pixel/pixel.png; that in experiments/ is a copy.
 """
@@ -65,8 +66,8 @@ def gradient_size(pixel: tuple[int, int], model: nn.Module, images: Tensor, conf
 def receptive_field(pixel: int, depth: int) -> tuple[int, int]:
     """The first pixel, and the one after the last, that a U-Net looks at for one pixel, along one axis.
 
-    The way that leads furthest goes through the coarse map. The two 3x3 convolutions of a level look 2 to each side.
-    At the border of the image the rest is cut off.
+    The way that leads furthest goes through the coarse map. The two 3x3 convolutions of a level
+    look 2 to each side. At the border of the image the rest is cut off.
     """
     first, last = pixel, pixel
     for _ in range(depth):  # the decoder, backwards
@@ -83,8 +84,9 @@ def receptive_field(pixel: int, depth: int) -> tuple[int, int]:
 def seen_along(axis: int, pixel: int, model: nn.Module, tiling: Tiling, depth: int) -> tuple[int, int]:
     """The first pixel, and the one after the last, that the answer at one pixel can depend on, along an axis.
 
-    Without communication: its receptive field, as far as its tile goes. With communication: the tiles that have a part
-    within the reach of the communication network, counted from the border of its own tile.
+    Without communication: its receptive field, as far as its tile goes. With communication: the
+    tiles that have a part within the reach of the communication network, counted from the border of
+    its own tile.
     """
     spans = tiling.spans(axis, overlap=0)
     for start, stop in spans:

@@ -2,10 +2,10 @@
 
     python -m experiments.qualitative [options of train.py]
 
-Trains each model with three seeds (nine runs; one that is there already is not repeated), prints a table of test IoU
-and draws qualitative.png: image, true mask, and the masks of the three models with the first seed.
---quick: one seed and a few steps, in seconds. Runs, table and picture go to runs/qualitative or runs/qualitative-quick;
-the picture of the README is the first, copied here.
+Trains each model with three seeds (nine runs; one that is there already is not repeated), prints a
+table of test IoU and draws qualitative.png: image, true mask, and the masks of the three models
+with the first seed. --quick: one seed and a few steps, in seconds. Runs, table and picture go to
+runs/qualitative or runs/qualitative-quick; the picture of the README is the first, copied here.
 """
 
 import sys

@@ -3,8 +3,9 @@
     OMP_NUM_THREADS=1 python -m experiments.rare                    # two minutes of one core
     python -m experiments.rare --quick                              # seconds
 
-Each image of 96x96 pixels is noise with a rectangle of 4x5 pixels that is a little brighter. An object counts as found
-if its IoU over all test images is more than 0.5. Writes rare-epochsN.md to runs/rare.
+Each image of 96x96 pixels is noise with a rectangle of 4x5 pixels that is a little brighter. An
+object counts as found if its IoU over all test images is more than 0.5. Writes rare-epochsN.md to
+runs/rare.
 """
 
 from pathlib import Path

@@ -5,11 +5,12 @@
     OMP_NUM_THREADS=1 python -m experiments.reach --grids 4x4           # 3 hours of one core
     python -m experiments.reach --quick                                 # seconds
 
-The images are a row of 8 or 16 tiles of 32x32 pixels, or a square of 4x4; the discs lie in any two of them. Every model
-is trained on 2000 images for 12 epochs. Then the line IoU of 2000 others is taken, all together and by distance (in a
-square: rows or columns apart, whichever are more). Results are added to runs/reach/reach.csv as they come, what is
-there already is not made again, and two processes with different --grids or --seeds may run side by side. Writes
-reach.md and reach.png beside it.
+The images are a row of 8 or 16 tiles of 32x32 pixels, or a square of 4x4; the discs lie in any two
+of them. Every model is trained on 2000 images for 12 epochs. Then the line IoU of 2000 others is
+taken, all together and by distance (in a square: rows or columns apart, whichever are more).
+Results are added to runs/reach/reach.csv as they come, what is there already is not made again, and
+two processes with different --grids or --seeds may run side by side. Writes reach.md and reach.png
+beside it.
 """
 
 from pathlib import Path

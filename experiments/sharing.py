@@ -2,8 +2,8 @@
 
     python -m experiments.sharing       # seconds
 
-Each image is cut into 4x4 tiles. Which process has which tile is asked of the functions that train.py uses. Writes
-experiments/sharing.png.
+Each image is cut into 4x4 tiles. Which process has which tile is asked of the functions that
+train.py uses. Writes experiments/sharing.png.
 """
 
 from unittest import mock

@@ -4,14 +4,15 @@
     python -m experiments.simulation --sides 32768 --link 50 --flops 60
     python -m experiments.simulation --quick                            # seconds
 
-Every process has one GPU. The training step of the first one is made on fake tensors, as in plan.py, and its operations
-(of the convolutions) and the bytes that it hands over are counted. The seconds are operations divided by --flops, and
-bytes divided by --link. It is assumed that
+Every process has one GPU. The training step of the first one is made on fake tensors, as in
+plan.py, and its operations (of the convolutions) and the bytes that it hands over are counted. The
+seconds are operations divided by --flops, and bytes divided by --link. It is assumed that
 
-- a GPU makes --flops operations per second, whatever the convolution. The default is what one NVIDIA H200 made of this
-  network: a step on 8192x8192 pixels, 534 Tflop by this count, took 3.03 seconds. That is a fifth of what its vendor says;
-- n processes that add up b bytes each send and receive 2 (n - 1) / n b bytes (a ring), at the speed of --link. The default
-  is that of one InfiniBand card of 200 Gbit/s;
+- a GPU makes --flops operations per second, whatever the convolution. The default is what one
+  NVIDIA H200 made of this network: a step on 8192x8192 pixels, 534 Tflop by this count, took 3.03
+  seconds. That is a fifth of what its vendor says;
+- n processes that add up b bytes each send and receive 2 (n - 1) / n b bytes (a ring), at the speed
+  of --link. The default is that of one InfiniBand card of 200 Gbit/s;
 - nothing is done at the same time: the exchange waits for the tiles, and the tiles for the exchange;
 - images are read, and the optimizer and all that is no convolution are done, in no time.
 
@@ -44,7 +45,8 @@ def configure(options: list[str]) -> dict:
 def count(gpus: int, tiles_each: int) -> tuple[float, float]:
     """Operations, and bytes handed over, of the first of `gpus` processes with so many tiles each, in one row."""
     tiles = gpus * tiles_each
-    config = configure(["--image-size", f"{TILE}x{TILE * tiles}", "--grid", f"1x{tiles}", "--image-processes", str(gpus)])
+    size = f"{TILE}x{TILE * tiles}"
+    config = configure(["--image-size", size, "--grid", f"1x{tiles}", "--image-processes", str(gpus)])
     with FlopCounterMode(display=False) as operations:
         memory, _ = plan.fake_step(config)
     return operations.get_total_flops(), memory.moved[plan.TO_OTHERS]
@@ -89,8 +91,9 @@ def what_limits(side: int, one_gpu: float, seconds: dict[str, float]) -> str:
     """A sentence. one_gpu: seconds of a step on one GPU; seconds: of the parts of a step on the most GPUs."""
     largest = max("communication network", "exchange", key=seconds.get)
     stays = seconds["communication network"] + seconds["exchange"]
-    return (f"{side}x{side}: the time of the tiles is shared by all GPUs, that of communication network and exchange is "
-            f"not. The {largest} is the larger of the two. With {one_gpu / stays:.0f} GPUs the two take half of a step.")
+    return (f"{side}x{side}: the time of the tiles is shared by all GPUs, that of communication network and exchange "
+            f"is not. The {largest} is the larger of the two. With {one_gpu / stays:.0f} GPUs the two take half of a "
+            "step.")
 
 
 def peak_gib(side: int, gpus: int) -> float:
@@ -103,8 +106,10 @@ def peak_gib(side: int, gpus: int) -> float:
 def main(arguments: list[str] | None = None):
     parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--sides", type=number(TILE), nargs="+", default=[16384, 65536], help="of the image, in pixels")
-    parser.add_argument("--flops", type=number(0.001, float), default=176.0, metavar="TFLOP/S", help="of a GPU, in bfloat16")
-    parser.add_argument("--link", type=number(0.001, float), default=25.0, metavar="GB/S", help="of a process to the others")
+    parser.add_argument("--flops", type=number(0.001, float), default=176.0, metavar="TFLOP/S", help="of a GPU, in "
+                        "bfloat16")
+    parser.add_argument("--link", type=number(0.001, float), default=25.0, metavar="GB/S", help="of a process to the "
+                        "others")
     parser.add_argument("--quick", action="store_true", help="a smoke run")
     asked = parser.parse_args(arguments)
     sides, counts = asked.sides, [1, 2, 4, 8, 16, 32, 64]

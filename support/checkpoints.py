@@ -19,8 +19,8 @@ class CheckpointError(ValueError):
 
 @contextmanager
 def atomic_write(path: Path):
-    """Gives the block another path to write to. Only when the block has ended well does that file take the place of
-    what stood at `path`. Afterwards a power cut does not undo this."""
+    """Gives the block another path to write to. Only when the block has ended well does that file
+    take the place of what stood at `path`. Afterwards a power cut does not undo this."""
     unfinished = path.with_name(UNFINISHED + path.name)
     try:
         yield unfinished

@@ -1,4 +1,4 @@
-"""How train.py begins, and how it ends when something goes wrong: with one line and exit status 2, never a traceback."""
+"""How train.py begins, and how it ends when something goes wrong: with one line and exit status 2, no traceback."""
 
 import argparse
 import shlex
@@ -19,8 +19,8 @@ from support.sizes import check_sizes
 def prepare_run(arguments: list[str] | None, parser) -> tuple[dict, Path, dict | None]:
     """Reads the options, claims the folder of the run, and looks at all images before anything is written there.
 
-    Returns the configuration, the folder of the run, and what its last.pt holds if the run goes on. Ends the program, or
-    raises DataError or CheckpointError, if they do not fit together.
+    Returns the configuration, the folder of the run, and what its last.pt holds if the run goes on.
+    Ends the program, or raises DataError or CheckpointError, if they do not fit together.
     """
     asked = parse(arguments, parser)
     if asked["resume"]:
@@ -51,8 +51,8 @@ def resume_run(asked: dict, parser) -> tuple[dict, Path, dict]:
         check_same(asked, config, out)
     check_processes(config)
     if config["dataset"] != "synthetic" and not Path(config["data"]).is_dir():
-        raise DataError(f"--data {config['data']}: no such folder; give --data with the folder in which the images of {out} "
-                        "lie now")
+        raise DataError(f"--data {config['data']}: no such folder; give --data with the folder in which the images of "
+                        f"{out} lie now")
     check_sizes(config, {tuple(config["image_size"]): str(out)}, len(build_datasets(config)["train"]))
     check_unchanged(config)
     done = len(state["rows"])
@@ -101,7 +101,8 @@ def open_run(out: Path) -> tuple[dict, Path, dict]:
 
 
 def change_options(config: dict, changes: dict, parser):
-    """What is given with --resume takes the place of what the run was begun with. DataError: the run has no such data."""
+    """What is given with --resume takes the place of what the run was begun with. DataError: the
+    run has no such data."""
     config.update(changes)
     if "data" in changes:
         if config["dataset"] == "synthetic":
@@ -122,7 +123,8 @@ def print_init(config: dict):
 
 
 def check_same(asked: dict, config: dict, out: Path):
-    """After a restart by torchrun --max-restarts all options are given again. DataError: they are those of another run."""
+    """After a restart by torchrun --max-restarts all options are given again. DataError: they are
+    those of another run."""
     other = []
     for name, value in asked.items():
         if name in ("resume", "out", "workers") or (name == "image_size" and config["dataset"] != "synthetic"):
@@ -137,22 +139,22 @@ def check_processes(config: dict):
     """DataError: the processes that torchrun has started do not go with the options."""
     started, each = processes.world_size(), config["image_processes"]
     if started % each != 0:
-        raise DataError(f"--image-processes {each}: the number of processes is {started}, which is not a multiple of it; "
-                        "start others, with torchrun --nproc-per-node, or take another --image-processes, 1 for a single "
-                        "process")
+        raise DataError(f"--image-processes {each}: the number of processes is {started}, which is not a multiple of "
+                        "it; start others, with torchrun --nproc-per-node, or take another --image-processes, 1 for a "
+                        "single process")
     groups = started // each
     if config["batch_size"] < groups:
-        raise DataError(f"--batch-size {config['batch_size']}: {groups} processes, or groups that share an image, need at "
-                        f"least as many images; let the processes share each image (--image-processes {started}), or take "
-                        "a larger --batch-size, for images of several sizes with --crop")
+        raise DataError(f"--batch-size {config['batch_size']}: {groups} processes, or groups that share an image, need "
+                        f"at least as many images; let the processes share each image (--image-processes {started}), "
+                        "or take a larger --batch-size, for images of several sizes with --crop")
 
 
 @contextmanager
 def one_line_errors(parser: argparse.ArgumentParser, config: dict | None = None, out: Path | None = None):
     """Inside, what a user can mend ends the program with one line that tells how, and exit status 2.
 
-    config, out: the options and the folder of the run, once they are known. The folder is taken away again if nothing was
-    written to it.
+    config, out: the options and the folder of the run, once they are known. The folder is taken
+    away again if nothing was written to it.
     """
     try:
         yield
@@ -163,8 +165,8 @@ def one_line_errors(parser: argparse.ArgumentParser, config: dict | None = None,
             go_on = f"go on with: {program} --resume {shlex.quote(str(out))}"
         parser.exit(130, f"\nstopped; {go_on}\n" if processes.is_first() else None)
     except Diverged as error:
-        parser.error(f"{error}: the likely cause is --lr {config['lr']}, take a smaller one; {out} holds what was saved "
-                     "before")
+        parser.error(f"{error}: the likely cause is --lr {config['lr']}, take a smaller one; {out} holds what was "
+                     "saved before")
     except (DataError, CheckpointError) as error:
         parser.error(str(error))
     except OSError as error:

@@ -20,8 +20,9 @@ FEW_STEPS = 100  # fewer are often too few
 def build_datasets(config: dict) -> dict[str, Dataset]:
     """Train, val and test, as --dataset says.
 
-    Of the synthetic images, val and test have an eighth of the training images each. Their discs are kept apart by tiles
-    of about 32x32 pixels, whatever the network's grid is, so that all models see the same images.
+    Of the synthetic images, val and test have an eighth of the training images each. Their discs
+    are kept apart by tiles of about 32x32 pixels, whatever the network's grid is, so that all
+    models see the same images.
     """
     seed = config["seed"]
     if config["dataset"] != "synthetic":
@@ -40,12 +41,12 @@ def build_datasets(config: dict) -> dict[str, Dataset]:
 
 
 def describe(config: dict) -> dict:
-    """What the data add to the configuration: channels, dtype (None: any), classes, colors, mean, std, image_size and
-    loss_weights. Images from files also add smallest_image, and file_times and file_contents, with which `check_unchanged`
-    finds out later whether they are the same.
+    """What the data add to the configuration: channels, dtype (None: any), classes, colors, mean,
+    std, image_size and loss_weights. Images from files also add smallest_image, and file_times and
+    file_contents, with which `check_unchanged` finds out later whether they are the same.
 
-    Every image is read once, so that a broken file is found here and not in the third hour. DataError: an image or a mask
-    cannot be used, or they do not go together or with the options.
+    Every image is read once, so that a broken file is found here and not in the third hour.
+    DataError: an image or a mask cannot be used, or they do not go together or with the options.
     """
     if config["dataset"] == "synthetic":
         return describe_synthetic(config)
@@ -64,8 +65,8 @@ def describe(config: dict) -> dict:
     else:
         known["loss_weights"] = given_weights(config, classes)
     train, val, test = (len(datasets[split].pairs) for split in SPLITS)
-    print(f"{len(classes)} classes ({', '.join(classes)}), {known['channels']}-channel images: {train} for train, {val} for "
-          f"val, {test} for test")
+    print(f"{len(classes)} classes ({', '.join(classes)}), {known['channels']}-channel images: {train} for train, "
+          f"{val} for val, {test} for test")
     if datasets["train"].rows is not None:
         print(epoch_line(datasets["train"]))
     steps = config["epochs"] * math.ceil(len(datasets["train"]) / config["batch_size"])
@@ -85,7 +86,8 @@ def epoch_line(train: ImageFolder) -> str:
 def check_unchanged(config: dict):
     """DataError: the images of a run that goes on are not those that it was begun with.
 
-    Sets file_times, as they may have moved; and in runs that were begun before files had checksums, all that is missing.
+    Sets file_times, as they may have moved; and in runs that were begun before files had checksums,
+    all that is missing.
     """
     if config["dataset"] == "synthetic":
         return
@@ -96,8 +98,8 @@ def check_unchanged(config: dict):
     datasets = build_datasets(config)
     names = class_names(Path(config["data"]), config["dataset"] == "deepglobe")
     if names is not None and names != config["classes"]:
-        raise DataError(f"{config['data']}: the classes were {', '.join(config['classes'])} and are {', '.join(names)}; "
-                        "put classes.txt back, or train anew")
+        raise DataError(f"{config['data']}: the classes were {', '.join(config['classes'])} and are "
+                        f"{', '.join(names)}; put classes.txt back, or train anew")
     times = times_of(datasets)
     if times == config["file_times"]:
         return
@@ -117,8 +119,8 @@ def check_alike(config: dict):
     for name in ("channels", "dtype", "classes", "image_size"):
         if found[name] != config[name]:
             raise changed_error(config)
-    print(f"{config['data']}: an older version began the run and kept no checksums of its images; make sure that they are the "
-          "same")
+    print(f"{config['data']}: an older version began the run and kept no checksums of its images; make sure that they "
+          "are the same")
     for name in ("file_times", "file_contents", "smallest_image", "not_in_val"):
         config[name] = found[name]
 
@@ -134,8 +136,8 @@ def describe_synthetic(config: dict) -> dict:
     try:
         data = build_datasets(config)["train"]
     except ValueError:
-        raise DataError(f"--image-size {height}x{width}: synthetic images must hold two tiles of 32x32; take 64 or more "
-                        "for one side, 32 or more for the other") from None
+        raise DataError(f"--image-size {height}x{width}: synthetic images must hold two tiles of 32x32; take 64 or "
+                        "more for one side, 32 or more for the other") from None
     size = check_sizes(config, {(height, width): "--image-size"}, len(data))
     return {
         "channels": data.channels,

@@ -7,7 +7,8 @@ from pathlib import Path
 from support import checkpoints
 from support.image_files import DataError
 
-CLAIM = checkpoints.UNFINISHED + "run"  # the run that made this file has the folder; it is removed once last.pt is there
+# The run that made this file has the folder. It is removed once last.pt is there.
+CLAIM = checkpoints.UNFINISHED + "run"
 
 
 def check_folder(path: Path):
@@ -16,8 +17,8 @@ def check_folder(path: Path):
     while not there.exists():
         there = there.absolute().parent
     if not there.is_dir() or not os.access(there, os.W_OK):
-        raise DataError(f"--out {path}: cannot be written, because {there} is a file, or you may not write there; name another "
-                        "--out")
+        raise DataError(f"--out {path}: cannot be written, because {there} is a file, or you may not write there; name "
+                        "another --out")
 
 
 def new_folder(name: str) -> Path:
@@ -35,8 +36,9 @@ def new_folder(name: str) -> Path:
 
 
 def claim(folder: Path, again: bool):
-    """From now on the folder, which is made if need be, belongs to this run. DataError: it is not empty, or belongs to
-    another run. again: the run may be one that was killed and restarted, so an earlier claim is its own."""
+    """From now on the folder, which is made if need be, belongs to this run. DataError: it is not
+    empty, or belongs to another run. again: the run may be one that was killed and restarted, so an
+    earlier claim is its own."""
     folder.mkdir(parents=True, exist_ok=True)
     try:
         (folder / CLAIM).touch(exist_ok=again)

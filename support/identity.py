@@ -1,9 +1,10 @@
 """Whether the images and masks of a run that goes on are those with which it was begun.
 
-For this a run keeps two short texts. One stands for the names, the sizes and the times of the last change of all files.
-It is compared first, and no file is read for that. Where it differs, as after a move, the other one decides: it stands
-for the names of all files and for every byte in them. So one thing would not be noticed: a file that was changed without
-a change of its size, and whose time was then set back. Tools that copy files, such as rsync, trust in the same.
+For this a run keeps two short texts. One stands for the names, the sizes and the times of the last
+change of all files. It is compared first, and no file is read for that. Where it differs, as after
+a move, the other one decides: it stands for the names of all files and for every byte in them. So
+one thing would not be noticed: a file that was changed without a change of its size, and whose time
+was then set back. Tools that copy files, such as rsync, trust in the same.
 """
 
 import hashlib
@@ -68,8 +69,9 @@ def times_of(folders: dict[str, ImageFolder]) -> str:
 
 
 def digest(folders: dict[str, ImageFolder], values: Iterable) -> str:
-    """A short text that stands for the names of all files, and a value for each. The folder in which they all are may
-    have any name. values: in the order of all_files; with checksums, the text stands for the contents of all files."""
+    """A short text that stands for the names of all files, and a value for each. The folder in
+    which they all are may have any name. values: in the order of all_files; with checksums, the
+    text stands for the contents of all files."""
     text = ""
     for (split, path), value in zip(all_files(folders), values, strict=True):
         text += f"{split} {path.name} {value}\n"

@@ -1,8 +1,9 @@
 """One image on disk: reading it, with one line for everything that cannot be read.
 
-Images are PNG, JPEG, TIFF, PPM or PGM (grey or colour; transparency is left out), or .npy of shape (H,W) or (H,W,C), which
-is mapped into memory, so that only the tile at hand is read. What cannot be used raises DataError. Its message is one
-line: the file, what was expected, the fix. Letters as in decompose.py.
+Images are PNG, JPEG, TIFF, PPM or PGM (grey or colour; transparency is left out), or .npy of shape
+(H,W) or (H,W,C), which is mapped into memory, so that only the tile at hand is read. What cannot be
+used raises DataError. Its message is one line: the file, what was expected, the fix. Letters as in
+decompose.py.
 """
 
 from collections.abc import Iterator
@@ -36,8 +37,8 @@ def open_picture(path: Path) -> tuple[Image.Image, str]:
             if picture.format == "TIFF":
                 check_tiff(picture, path)
             if picture.format == "PPM" and picture.tile[0][0] != "raw":
-                raise DataError(f"{path}: Pillow changes the numbers of such a PPM or PGM (it is text, its largest value is "
-                                "not 255, or its colours have more than 8 bits); save it as PNG or .npy")
+                raise DataError(f"{path}: Pillow changes the numbers of such a PPM or PGM (it is text, its largest "
+                                "value is not 255, or its colours have more than 8 bits); save it as PNG or .npy")
             stored = how_stored(picture)
             picture.load()
     except DataError:
@@ -70,8 +71,8 @@ def check_tiff(picture: Image.Image, path: Path):
         raise needs_array_error(path, f"a TIFF of {bands} bands of more than 8 bits, of which Pillow reads 8")
     signed = 2 in tags.get(Tag.SampleFormat, ())
     if picture.mode in ("La", "LAB") or (picture.mode == "L" and signed):
-        raise needs_array_error(path, "a TIFF of Lab colours, of signed bytes or of premultiplied transparency, whose numbers "
-                                "Pillow changes")
+        raise needs_array_error(path, "a TIFF of Lab colours, of signed bytes or of premultiplied transparency, whose "
+                                "numbers Pillow changes")
     if picture.mode in ("I", "F") and tags.prefix == b"MM" and picture.info["compression"] != "raw":
         raise needs_array_error(path, "a compressed TIFF with the high byte first, whose bytes Pillow swaps")
     if count_pages(picture) > 1:
@@ -113,7 +114,8 @@ def open_array(path: Path, dimensions: tuple[int, ...], shape: str) -> np.ndarra
 
 
 def read_image(path: Path) -> np.ndarray:
-    """(H,W,C) in the type of the file: uint8 or uint16 for most pictures. An .npy of any type is mapped and not read."""
+    """(H,W,C) in the type of the file: uint8 or uint16 for most pictures. An .npy of any type is
+    mapped and not read."""
     if path.suffix.lower() == ".npy":
         image = open_array(path, (2, 3), "(H,W) or (H,W,C)")
         if image.ndim == 3 and image.shape[2] > 64:
@@ -177,7 +179,8 @@ def type_of_integers(stored: str) -> type:
 
 
 def blocks(array: np.ndarray) -> Iterator[np.ndarray]:
-    """Some rows at a time, a few million pixels, or fewer of many channels: a mapped array may be larger than the memory."""
+    """Some rows at a time, a few million pixels, or fewer of many channels: a mapped array may be
+    larger than the memory."""
     channels = array.shape[2] if array.ndim == 3 else 1
     rows = max(2**24 // (array.shape[1] * max(channels, 4)), 1)
     for top in range(0, len(array), rows):

@@ -4,8 +4,9 @@
                                                              DIR/test
     DIR/classes.txt              names of the classes, one a line; without it they are numbered
 
-Without val or test, a tenth of the training pairs, drawn by the seed, stands in; or, where there are only one or two, a
-tenth of their rows. Which files can be read tell image_files.py and mask_files.py. Letters as in decompose.py.
+Without val or test, a tenth of the training pairs, drawn by the seed, stands in; or, where there
+are only one or two, a tenth of their rows. Which files can be read tell image_files.py and
+mask_files.py. Letters as in decompose.py.
 """
 
 import functools
@@ -48,8 +49,8 @@ def find_files(folder: Path, ending: str = "") -> dict[str, Path]:
         missing = folder
         while not missing.parent.is_dir():
             missing = missing.parent
-        raise DataError(f"{missing}: no such folder; images belong in DIR/train/images and masks in DIR/train/masks, and "
-                        "the same in DIR/val and DIR/test if these are there")
+        raise DataError(f"{missing}: no such folder; images belong in DIR/train/images and masks in DIR/train/masks, "
+                        "and the same in DIR/val and DIR/test if these are there")
     found = {}
     left_out = Counter()
     for path in sorted(folder.iterdir()):
@@ -96,8 +97,8 @@ def match(images: dict[str, Path], masks: dict[str, Path], folder: Path) -> dict
             path, other = images[name], "mask"
         else:
             path, other = masks[name], "image"
-        raise DataError(f"{path}: there is no {other} named {name}; the two files of a pair have the same name, so add or "
-                        "rename it, or remove this file")
+        raise DataError(f"{path}: there is no {other} named {name}; the two files of a pair have the same name, so add "
+                        "or rename it, or remove this file")
     return {name: (images[name], masks[name]) for name in images}
 
 
@@ -136,8 +137,8 @@ def find_deepglobe(root: Path, seed: int) -> dict[str, list[Pair]]:
     folder = root / "train"
     images = find_files(folder, "_sat")
     if not images:
-        raise DataError(f"{folder}: no image named ID_sat.jpg (and its mask ID_mask.png), as DeepGlobe is distributed; for "
-                        "images of your own take --dataset folder")
+        raise DataError(f"{folder}: no image named ID_sat.jpg (and its mask ID_mask.png), as DeepGlobe is distributed; "
+                        "for images of your own take --dataset folder")
     pairs = match(images, find_files(folder, "_mask"), folder)
     known = {}
     for line in SPLIT_OF_THE_LITERATURE.read_text().splitlines():
@@ -171,7 +172,8 @@ def complete(split: dict[str, list[Pair]], root: Path, seed: int) -> dict[str, l
         split[name] = sorted(pairs[:tenth])
         pairs = pairs[tenth:]
     split["train"] = sorted(pairs)
-    say_once(f"{root}: no {' or '.join(missing)}, so {tenth} of the training pairs, drawn by the seed, take the place of each")
+    say_once(f"{root}: no {' or '.join(missing)}, so {tenth} of the training pairs, drawn by the seed, take the place "
+             "of each")
     return split
 
 
@@ -199,11 +201,13 @@ def class_names(root: Path, deepglobe: bool) -> list[str] | None:
 class ImageFolder(Dataset):
     """Pairs of an image (C,H,W) and a mask (H,W), both as stored, class indices in uint8.
 
-    crop: (height, width) of a window, somewhere else in each epoch. augment: flips, and quarter turns of square images;
-    for that a mapped image is read, or of a window only the window. What is drawn for item i depends on `seed`, on
-    `epoch` and on i alone, so it does not matter which process reads it, or when.
-    rows: of each pair those that belong to this data set; None: all. There is one item for each pair, but for a pair of
-    which only some rows belong to it, as many windows as it takes to cover them.
+    crop: (height, width) of a window, somewhere else in each epoch. augment: flips, and quarter
+    turns of square images; for that a mapped image is read, or of a window only the window. What is
+    drawn for item i depends on `seed`, on `epoch` and on i alone, so it does not matter which
+    process reads it, or when.
+    rows: of each pair those that belong to this data set; None: all. There is one item for each
+    pair, but for a pair of which only some rows belong to it, as many windows as it takes to cover
+    them.
     """
 
     def __init__(self, pairs: list[Pair], read_mask: Callable = read_mask, crop: tuple[int, int] | None = None,

@@ -1,7 +1,7 @@
 """In which batches the images come, and who reads them: worker processes, so that the training step need not wait.
 
-Which image is in which batch, and how it is cropped and flipped, depends on the seed, the epoch and the image alone. The
-number of workers and the number of processes change nothing.
+Which image is in which batch, and how it is cropped and flipped, depends on the seed, the epoch and
+the image alone. The number of workers and the number of processes change nothing.
 """
 
 import os
@@ -17,8 +17,8 @@ from support.image_files import DataError
 from support.loss import IGNORE
 
 MOST_WORKERS = 4  # by default: each holds a few batches in memory
-WORKER_DIED = ("a process that reads images has died, perhaps because the memory, or its shared part in /dev/shm, is full; "
-               "take fewer --workers, or 0")
+WORKER_DIED = ("a process that reads images has died, perhaps because the memory, or its shared part in /dev/shm, is "
+               "full; take fewer --workers, or 0")
 
 
 class Loader(DataLoader):
@@ -60,8 +60,8 @@ def next_batch(batches: Iterator) -> tuple[Tensor, Tensor] | None:
 
 
 def is_death_of_a_worker(error: Exception) -> bool:
-    """PyTorch raises it wherever the program is at that moment, so perhaps in the middle of a training step. An error that
-    it caught in a worker, and raises again here, is another thing."""
+    """PyTorch raises it wherever the program is at that moment, so perhaps in the middle of a
+    training step. An error that it caught in a worker, and raises again here, is another thing."""
     return "DataLoader worker" in str(error) and "Caught" not in str(error)
 
 
@@ -86,9 +86,10 @@ def make_loaders(datasets: dict[str, Dataset], config: dict, order: torch.Genera
 def number_of_workers(config: dict, dataset: Dataset) -> int:
     """How many worker processes read the images of a data set.
 
-    0 for whole arrays, of which only the tile at hand is read as long as no worker reads them. Otherwise what --workers
-    says. Without --workers, 0 for synthetic images, which are made in no time; and for pictures, and for windows of arrays,
-    one for each CPU core of this process, but at most MOST_WORKERS.
+    0 for whole arrays, of which only the tile at hand is read as long as no worker reads them.
+    Otherwise what --workers says. Without --workers, 0 for synthetic images, which are made in no
+    time; and for pictures, and for windows of arrays, one for each CPU core of this process, but at
+    most MOST_WORKERS.
     """
     if config["dataset"] != "synthetic":
         first_image, _ = dataset.pairs[0]
@@ -102,7 +103,8 @@ def number_of_workers(config: dict, dataset: Dataset) -> int:
 
 
 def workers_before_training(config: dict, files: int) -> int:
-    """How many processes look at the files before training, while the GPUs wait. files: how many files there are, or pairs.
+    """How many processes look at the files before training, while the GPUs wait. files: how many
+    files there are, or pairs.
 
     As many as --workers says; by default one for each CPU core, but at most MOST_WORKERS.
     """
@@ -123,9 +125,9 @@ def collate(pairs: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
 def mask_out_fillers(loader: DataLoader) -> Iterator[tuple[Tensor, Tensor]]:
     """The batches of training images, in which fillers do not count.
 
-    All processes must make the same number of steps, or they would wait for each other for ever. So where a batch has fewer
-    images than there are groups of processes, the groups that are left without one get a filler (see Shares in
-    processes.py). Here all of its mask becomes IGNORE.
+    All processes must make the same number of steps, or they would wait for each other for ever. So
+    where a batch has fewer images than there are groups of processes, the groups that are left
+    without one get a filler (see Shares in processes.py). Here all of its mask becomes IGNORE.
     """
     images_left = len(loader.dataset)
     for images, masks in loader:

@@ -1,10 +1,11 @@
 """The loss: one minus the mean Dice, plus the mean cross-entropy. Everything that says so stands in this file.
 
-No device ever holds the whole mask. So each tile gives a few sums over its pixels (`loss_sums`), these sums are added up
-over tiles, images and processes, and the loss is made of the totals (`loss_from_sums`). It equals the loss of the
-stitched image. Where classes have weights, both functions need them, and both means are weighted.
-Another loss changes these functions and nothing else (and the tests that say what this one is). Letters as in
-decompose.py. This file imports nothing but torch.
+No device ever holds the whole mask. So each tile gives a few sums over its pixels (`loss_sums`),
+these sums are added up over tiles, images and processes, and the loss is made of the totals
+(`loss_from_sums`). It equals the loss of the stitched image. Where classes have weights, both
+functions need them, and both means are weighted. Another loss changes these functions and nothing
+else (and the tests that say what this one is). Letters as in decompose.py. This file imports
+nothing but torch.
 """
 
 from collections.abc import Sequence
@@ -23,8 +24,9 @@ def number_of_sums(classes: int) -> int:
 def loss_sums(logits: Tensor, mask: Tensor, weights: Sequence[float] | None = None) -> Tensor:
     """Logits (B,L,h,w) and mask (B,h,w) of a tile -> (2L+2,) float32.
 
-    They are, for each class, the intersection; for each class, the cardinality (predicted plus true); the sum of the
-    cross-entropy; and the number of pixels that count. float32 also where the logits are bfloat16.
+    They are, for each class, the intersection; for each class, the cardinality (predicted plus
+    true); the sum of the cross-entropy; and the number of pixels that count. float32 also where the
+    logits are bfloat16.
     weights: of each class. The last two sums are then those of pixels times the weight of their class.
     """
     log_probability = logits.float().log_softmax(dim=1)
@@ -51,7 +53,8 @@ def loss_sums(logits: Tensor, mask: Tensor, weights: Sequence[float] | None = No
 def loss_from_sums(sums: Tensor, weights: Sequence[float] | None = None) -> Tensor:
     """The sums of all tiles, added up -> the loss, a scalar.
 
-    The Dice of a class is (2 * intersection + 1) / (cardinality + 1), so a class that is neither there nor predicted has 1.
+    The Dice of a class is (2 * intersection + 1) / (cardinality + 1), so a class that is neither
+    there nor predicted has 1.
     """
     classes = (len(sums) - 2) // 2
     intersection = sums[:classes]

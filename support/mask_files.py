@@ -1,15 +1,15 @@
 """One mask on disk: reading it, and what its numbers tell.
 
-Masks hold class indices from 0 on, and 255 for pixels that shall not count. They are PNG, TIFF or PGM (grey, with a
-palette, or with red, green and blue all equal), or .npy of shape (H,W). What cannot be used raises DataError, as in
-image_files.py.
+Masks hold class indices from 0 on, and 255 for pixels that shall not count. They are PNG, TIFF or
+PGM (grey, with a palette, or with red, green and blue all equal), or .npy of shape (H,W). What
+cannot be used raises DataError, as in image_files.py.
 """
 
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
-from PIL import Image  # comes with matplotlib; that itself would read a palette as colours, but a mask needs the indices
+from PIL import Image  # comes with matplotlib, which itself would read a palette as colours instead of indices
 
 from support.image_files import DataError, blocks, open_array, open_picture, picture_to_array, pixels_of
 from support.loss import IGNORE
@@ -99,8 +99,8 @@ def equal_bands(picture: Image.Image) -> np.ndarray | None:
 
 
 def mask_colors(path: Path) -> list[tuple[int, int, int]]:
-    """Red, green and blue of each index of a mask with a palette. Empty if it has none, or one that shows each index as
-    that grey value."""
+    """Red, green and blue of each index of a mask with a palette. Empty if it has none, or one that
+    shows each index as that grey value."""
     if path.suffix.lower() == ".npy":
         return []
     picture, _ = open_picture(path)
@@ -113,11 +113,12 @@ def mask_colors(path: Path) -> list[tuple[int, int, int]]:
 
 
 def read_deepglobe_mask(path: Path) -> np.ndarray:
-    """(H,W) uint8. Colours are not always pure, so they are cut at 128; unknown (and red, which means nothing) is 255."""
+    """(H,W) uint8. Colours are not always pure, so they are cut at 128; unknown (and red, which
+    means nothing) is 255."""
     picture, _ = open_picture(path)
     if picture.mode not in ("RGB", "RGBA", "P"):
-        raise DataError(f"{path}: a grey mask ({picture.mode}) where DeepGlobe's colours were expected; for class indices "
-                        "take --dataset folder")
+        raise DataError(f"{path}: a grey mask ({picture.mode}) where DeepGlobe's colours were expected; for class "
+                        "indices take --dataset folder")
     label_of = np.full(8, IGNORE, np.uint8)  # of each of the 8 pure colours, numbered as red, green and blue in binary
     for label, (name, (red, green, blue)) in enumerate(DEEPGLOBE.items()):
         if name != "unknown":
@@ -142,8 +143,8 @@ def count_pixels(mask: np.ndarray, path: Path, classes: int) -> Counter:
         for value in (values.min(), values.max()):
             if not 0 <= value < classes:
                 check_regions(mask, path)
-                raise DataError(f"{path}: holds the value {value}; a mask holds 0 to {classes - 1}, or {IGNORE} for pixels "
-                                "that do not count")
+                raise DataError(f"{path}: holds the value {value}; a mask holds 0 to {classes - 1}, or {IGNORE} for "
+                                "pixels that do not count")
         numbers = np.bincount(values.astype(np.intp))
         pixels.update(dict(enumerate(numbers.tolist())))
     pixels = +pixels  # those that occur
@@ -164,13 +165,14 @@ def drawn_in_white(pixels: Counter) -> bool:
 
 def single_class_error(folder: Path) -> DataError:
     """The error to raise where all masks hold 0 alone, or 0 and IGNORE."""
-    return DataError(f"{folder}: the masks know a single class, 0; save the others as 1, 2, ... (a pixel of {IGNORE} does "
-                     "not count: if it shall be a class, save it as 1)")
+    return DataError(f"{folder}: the masks know a single class, 0; save the others as 1, 2, ... (a pixel of {IGNORE} "
+                     "does not count: if it shall be a class, save it as 1)")
 
 
 def check_regions(mask: np.ndarray, path: Path):
-    """DataError: most values of a mask form no regions, but only lines between them, as do the grey values that come from
-    interpolation and from JPEG. True classes, of which there may be many, form regions."""
+    """DataError: most values of a mask form no regions, but only lines between them, as do the grey
+    values that come from interpolation and from JPEG. True classes, of which there may be many,
+    form regions."""
     counts_in_lines = Counter()  # of each value, its pixels in lines
     for block in blocks(mask):
         count_values(block[one_pixel_wide(block)], counts_in_lines)
@@ -189,8 +191,9 @@ def check_regions(mask: np.ndarray, path: Path):
     most_pixels_are_not = total < mask.size / 2  # else it is noise
     they_are_more_than_dots = total > 1.5 * len(lines)  # else it shows each class once, in a pixel of its own
     if most_values_are_lines and most_pixels_are_not and they_are_more_than_dots:
-        raise DataError(f"{path}: {len(lines)} of its {len(counts)} different values form lines one pixel wide, as after "
-                        "resizing with interpolation, or JPEG; make the masks anew, with nearest neighbour and as PNG")
+        raise DataError(f"{path}: {len(lines)} of its {len(counts)} different values form lines one pixel wide, as "
+                        "after resizing with interpolation, or JPEG; make the masks anew, with nearest neighbour and "
+                        "as PNG")
 
 
 def count_values(values: np.ndarray, counts: Counter):

@@ -18,10 +18,11 @@ def build_model(channels: int, classes: int, width: int = 8, depth: int = 3, com
                 norm: Callable[[int], nn.Module] = nn.BatchNorm2d) -> DecomposedUNet:
     """A new network for images of `channels` channels and masks of `classes` classes.
 
-    width: channels at full resolution; depth: how often the encoder halves the resolution; comm_channels: K, at most
-    width * 2^depth, or 0 for tiles that know nothing of each other; dilations: of each convolution of the communication
-    network; dropout: probability with which a channel is left out; norm: a function of the number of channels, which makes
-    the normalisation of encoder and decoder, for group norm: def norm(channels): return nn.GroupNorm(4, channels).
+    width: channels at full resolution; depth: how often the encoder halves the resolution;
+    comm_channels: K, at most width * 2^depth, or 0 for tiles that know nothing of each other;
+    dilations: of each convolution of the communication network; dropout: probability with which a
+    channel is left out; norm: a function of the number of channels, which makes the normalisation
+    of encoder and decoder, for group norm: def norm(channels): return nn.GroupNorm(4, channels).
     """
     encoder = Encoder(channels, width, depth, dropout, norm)
     decoder = Decoder(classes, width, depth, dropout, norm)

@@ -115,14 +115,14 @@ def make_parser(description: str) -> Parser:
            "docs/own-images.md tells; with --resume, the folder in which they are now")
     option("--crop", type=size, default=None, metavar="N|HxW", help="learn from windows of this size, cut at another "
            "place each time (default: whole images)")
-    option("--augment", action=argparse.BooleanOptionalAction, default=True, help="flip images from a folder at random, "
-           "and turn square ones")
-    option("--workers", type=number(0, largest=LARGE), default=None, metavar="N", help="processes that read images ahead, "
-           "for each process that trains (default: for pictures one for each CPU core, at most 4; else 0)")
+    option("--augment", action=argparse.BooleanOptionalAction, default=True, help="flip images from a folder at "
+           "random, and turn square ones")
+    option("--workers", type=number(0, largest=LARGE), default=None, metavar="N", help="processes that read images "
+           "ahead, for each process that trains (default: for pictures one for each CPU core, at most 4; else 0)")
     option("--gpus", type=number(1, largest=LARGE), default=unset, help="GPUs to use (default: all there "
            "are); to use none, put CUDA_VISIBLE_DEVICES= in front of the command")
-    option("--image-processes", type=number(1, largest=LARGE), default=1, metavar="N", help="how many of the processes that "
-           "torchrun starts share the tiles of each image; with 1 they share out batches only")
+    option("--image-processes", type=number(1, largest=LARGE), default=1, metavar="N", help="how many of the processes "
+           "that torchrun starts share the tiles of each image; with 1 they share out batches only")
     option("--grid", type=pair, default=unset, metavar="RxQ", help="rows x columns of tiles (default: 2x2 for up to 4 "
            "GPUs that share an image, else one or two tiles for each, as square as can be)")
     option("--overlap", type=number(0), default=0, metavar="PX", help="pixels that a tile sees beyond its borders, "
@@ -135,17 +135,18 @@ def make_parser(description: str) -> Parser:
     option("--dilations", type=number(1, largest=1024), nargs="+", default=[1, 1, 1], metavar="N", help="dilation of "
            "each convolution of the communication network; together they see 2 * sum * 2^depth pixels to every side")
     option("--dropout", type=number(0, float), default=0.0, help="probability with which a channel is left out")
-    option("--image-size", type=size, default=unset, metavar="N|HxW", help="pixels of the synthetic images (default: 64)")
-    option("--train-images", type=number(1, largest=2**31), default=unset, metavar="N", help="synthetic images to learn "
-           "from; validation and test have an eighth each (default: 2400)")
+    option("--image-size", type=size, default=unset, metavar="N|HxW", help="pixels of the synthetic images "
+           "(default: 64)")
+    option("--train-images", type=number(1, largest=2**31), default=unset, metavar="N", help="synthetic images to "
+           "learn from; validation and test have an eighth each (default: 2400)")
     option("--epochs", type=number(0), default=4, help="passes over the training images; 0: only evaluate")
     option("--batch-size", type=number(1, largest=LARGE), default=16, help="images per step")
     option("--class-weights", type=class_weight, nargs="+", default=None, metavar="W", help="weight of each class in "
            "the loss: a number for each, or balanced, with which rare classes weigh more (default: all the same)")
     option("--lr", type=number(0, float), default=0.015, help="peak of the one-cycle learning rate")
     option("--freeze-batch-norm", type=number(0, float, 1), default=0.5, metavar="PART", help="after this part of the "
-           "training steps, batch norm keeps its running statistics and uses them, as in evaluation; 1: never, as in the "
-           "paper")
+           "training steps, batch norm keeps its running statistics and uses them, as in evaluation; 1: never, as in "
+           "the paper")
     option("--recompute", action="store_true", help="forget the activations of each tile and compute them again when "
            "they are needed, so that a GPU holds those of one tile at a time")
     option("--amp", action=argparse.BooleanOptionalAction, default=unset, help="compute in bfloat16, with weights, "
@@ -157,9 +158,9 @@ def make_parser(description: str) -> Parser:
 
 
 def parse(arguments: list[str] | None, parser: Parser, **defaults) -> dict:
-    """The configuration: every option with its value, paths as text. Options that do not go together end the program with
-    one line. A run that goes on (--resume) has the options of its folder. Then there are only "resume", and in "changes"
-    the options that may be given with it."""
+    """The configuration: every option with its value, paths as text. Options that do not go
+    together end the program with one line. A run that goes on (--resume) has the options of its
+    folder. Then there are only "resume", and in "changes" the options that may be given with it."""
     config = {**defaults, **vars(parser.parse_args(arguments))}
     if config.get("resume"):
         changes = changes_of_run(options_given(arguments), config, parser)
@@ -205,8 +206,8 @@ def changes_of_run(options: list[str], config: dict, parser: Parser) -> dict:
             changes[name] = config[name]
         elif option != "--resume":
             parser.error("--resume goes on with the options of the run; give it alone, or with "
-                         f"{', '.join(WITH_RESUME)}, but without {option}; to train longer or otherwise, begin a new run "
-                         "with its weights: --init RUN/best.pt")
+                         f"{', '.join(WITH_RESUME)}, but without {option}; to train longer or otherwise, begin a new "
+                         "run with its weights: --init RUN/best.pt")
     return changes
 
 
@@ -216,11 +217,11 @@ def check_network(config: dict, parser: Parser):
     if tiles > LARGE:
         parser.error(f"--grid {rows}x{columns}: take at most {LARGE} tiles")
     if config["image_processes"] > tiles:
-        parser.error(f"--image-processes {config['image_processes']}, but --grid {rows}x{columns} has only {tiles} tiles: "
-                     "take fewer processes or a finer grid")
+        parser.error(f"--image-processes {config['image_processes']}, but --grid {rows}x{columns} has only {tiles} "
+                     "tiles: take fewer processes or a finer grid")
     if config["gpus"] > tiles_each(config):
-        parser.error(f"--gpus {config['gpus']}, but --grid {rows}x{columns} has only {tiles_each(config)} tiles for each "
-                     "process: take fewer GPUs or a finer grid")
+        parser.error(f"--gpus {config['gpus']}, but --grid {rows}x{columns} has only {tiles_each(config)} tiles for "
+                     "each process: take fewer GPUs or a finer grid")
     coarse_channels = config["width"] * 2 ** config["depth"]
     if config["comm_channels"] > coarse_channels:
         parser.error(f"--comm-channels {config['comm_channels']}, but the coarse map of --width {config['width']} and "
@@ -262,14 +263,14 @@ def check_class_weights(config: dict, parser: Parser):
 
 
 def choose_folder(config: dict, parser: Parser):
-    """Sets "out" to None if it is not given: the run will make a folder of its own. Sets "resume" if torchrun restarts a
-    run."""
+    """Sets "out" to None if it is not given: the run will make a folder of its own. Sets "resume"
+    if torchrun restarts a run."""
     config.setdefault("out", None)
     if not processes.CAN_RESTART:
         return
     if processes.KEEPS_ADDRESSES:
-        parser.error("torchrun --max-restarts: set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in front of it, or a restart may "
-                     "find stale addresses (PyTorch issue 135712)")
+        parser.error("torchrun --max-restarts: set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in front of it, or a restart "
+                     "may find stale addresses (PyTorch issue 135712)")
     if config["out"] is None:
         parser.error("torchrun --max-restarts: a run that is restarted needs to know its folder; give --out")
     if (config["out"] / "last.pt").exists():
@@ -280,8 +281,8 @@ def choose_folder(config: dict, parser: Parser):
 
 def explain(error: OSError, path: Path) -> str:
     """One line for a file or folder that cannot be used; `path`, if the error names none."""
-    return (f"{error.filename or path}: {error.strerror or error}; see that you may use it and that its disk has space, or "
-            "name another")
+    return (f"{error.filename or path}: {error.strerror or error}; see that you may use it and that its disk has "
+            "space, or name another")
 
 
 def show_progress(text: str):

@@ -42,8 +42,8 @@ def draw_curves(path: Path, rows: list[dict], classes: list[str], colors: list):
 
 
 def write_names(legend: Legend, names: list[str]):
-    """Gives a legend other names, as they are: as labels, matplotlib would take a $ for the beginning of a formula, and
-    leave out a name that begins with an underscore."""
+    """Gives a legend other names, as they are: as labels, matplotlib would take a $ for the
+    beginning of a formula, and leave out a name that begins with an underscore."""
     for text, name in zip(legend.get_texts(), names, strict=True):
         text.set_parse_math(False)
         text.set_text(name)
@@ -54,7 +54,8 @@ def column(rows: list[dict], name: str) -> list:
 
 
 def thinning(size: Sequence[int], longest: int) -> int:
-    """The step at which to take pixels of an image of a size (H,W), so that its picture has at most `longest` on a side."""
+    """The step at which to take pixels of an image of a size (H,W), so that its picture has at most
+    `longest` on a side."""
     return math.ceil(max(size) / longest)
 
 
@@ -73,7 +74,8 @@ class Thinned:
         return image[..., ::self.step, ::self.step].clone()
 
     def write(self, i: int, tile: Tensor, picture: Tensor):
-        """Writes what the picture (H,W) shows of tile i (h,w), which has no overlap. That may be nothing, if it is small."""
+        """Writes what the picture (H,W) shows of tile i (h,w), which has no overlap. That may be
+        nothing, if it is small."""
         top, _, left, _ = self.tiling.boxes[i]
         first_row = -top % self.step  # the picture has the rows 0, step, 2 step, ... of the image, not of the tile
         first_column = -left % self.step
@@ -149,8 +151,9 @@ def show(axes, picture, boxes: list, colors: list):
 def visible(image: np.ndarray) -> np.ndarray:
     """An image (C,H,W) of any numbers -> (H,W,3), float32 from 0 to 1, as matplotlib shows it.
 
-    Of three channels or more, the first three are red, green and blue. Of one or two, the first one is grey. Pixels
-    without data are black or white: those of nan, and of a value far outside all others.
+    Of three channels or more, the first three are red, green and blue. Of one or two, the first one
+    is grey. Pixels without data are black or white: those of nan, and of a value far outside all
+    others.
     """
     if len(image) >= 3:
         image = image[:3]

@@ -27,7 +27,8 @@ from support.checkpoints import atomic_write
 from support.image_files import PICTURES, DataError, blocks
 from support.image_folder import UNREADABLE, find_files, name_of
 from support.loss import IGNORE
-from support.mask_files import classes_in, count_pixels, drawn_in_white, read_deepglobe_mask, read_mask, single_class_error
+from support.mask_files import (classes_in, count_pixels, drawn_in_white, read_deepglobe_mask, read_mask,
+                                single_class_error)
 from support.values import Extremes, is_finite, range_line
 
 IMAGE_ENDING, MASK_ENDING = "_sat", "_mask"  # of the names of DeepGlobe's files
@@ -37,8 +38,9 @@ IMAGE_ENDING, MASK_ENDING = "_sat", "_mask"  # of the names of DeepGlobe's files
 class Job:
     """One image to segment.
 
-    image: its file. relative: its path from the folder that holds all that was named. name: the name that its true mask
-    also has. written: the files to write, by what they hold. truth: the file of its true mask, if there is one.
+    image: its file. relative: its path from the folder that holds all that was named. name: the
+    name that its true mask also has. written: the files to write, by what they hold. truth: the
+    file of its true mask, if there is one.
     """
 
     image: Path
@@ -84,7 +86,7 @@ def images_in(folder: Path, deepglobe: bool) -> list[Path]:
         below = path.relative_to(folder)
         if path.is_dir() or any(part.startswith(".") for part in below.parts):
             continue
-        if path.suffix.lower() in (*PICTURES, ".npy", *UNREADABLE):  # an unreadable one is named later, when its turn comes
+        if path.suffix.lower() in (*PICTURES, ".npy", *UNREADABLE):  # one that cannot be read is named in its turn
             images.append(path)
         else:
             left_out.append(path)
@@ -161,8 +163,8 @@ def find_truths(jobs: list[Job], masks: Path, deepglobe: bool):
 def check_image(image: np.ndarray, path: Path, config: dict):
     """DataError: the image (H,W,C) is of another kind than those that the network was trained on."""
     if config["dtype"] is not None and image.dtype != config["dtype"]:
-        raise DataError(f"{path}: numbers of {image.dtype}, but the network was trained on {config['dtype']}; bring it to "
-                        "the same type and range")
+        raise DataError(f"{path}: numbers of {image.dtype}, but the network was trained on {config['dtype']}; bring it "
+                        "to the same type and range")
     if image.shape[2] != config["channels"]:
         raise DataError(f"{path}: a {image.shape[2]}-channel image, but the network was trained on "
                         f"{config['channels']}-channel images; convert it")
@@ -170,8 +172,8 @@ def check_image(image: np.ndarray, path: Path, config: dict):
 
 
 def check_values(image: np.ndarray, path: Path, config: dict):
-    """A line for numbers that are not finite, and for a range that is not that of the training images. DataError: a channel
-    has no finite number."""
+    """A line for numbers that are not finite, and for a range that is not that of the training
+    images. DataError: a channel has no finite number."""
     channels = image.shape[2]
     extremes = Extremes(channels, image.dtype)
     lost = 0
@@ -199,8 +201,8 @@ def read_truth(path: Path, size: tuple[int, int], config: dict) -> np.ndarray:
     deepglobe = config["dataset"] == "deepglobe"
     truth = read_deepglobe_mask(path) if deepglobe else read_mask(path)
     if truth.shape != size:
-        raise DataError(f"{path}: {truth.shape[0]}x{truth.shape[1]} pixels, but the image has {size[0]}x{size[1]}; they "
-                        "must be equal")
+        raise DataError(f"{path}: {truth.shape[0]}x{truth.shape[1]} pixels, but the image has {size[0]}x{size[1]}; "
+                        "they must be equal")
     pixels = count_pixels(truth, path, len(config["classes"]))
     if not classes_in(pixels):
         raise DataError(f"{path}: no pixel counts; give a mask with a class")
@@ -242,16 +244,17 @@ def all_or_none(files: dict[str, Path]) -> Iterator[dict[str, Path]]:
 
 
 def check_space(folder: Path, needed: int):
-    """DataError: the disk of a folder has no space for so many bytes. To notice that only while they are written to mapped
-    files would be too late, as it ends the program."""
+    """DataError: the disk of a folder has no space for so many bytes. To notice that only while
+    they are written to mapped files would be too late, as it ends the program."""
     free = shutil.disk_usage(folder).free
     if needed > free:
-        raise DataError(f"{folder}: needs {needed / 2**20:.0f} MiB, but the disk has only {free / 2**20:.0f}; make space, or "
-                        "name another --out")
+        raise DataError(f"{folder}: needs {needed / 2**20:.0f} MiB, but the disk has only {free / 2**20:.0f}; make "
+                        "space, or name another --out")
 
 
 def create_array(path: Path, dtype: type, shape: tuple[int, ...]) -> np.ndarray:
-    """A new .npy file, mapped into memory: what is written to the array goes to the file, and need not stay in memory."""
+    """A new .npy file, mapped into memory: what is written to the array goes to the file, and need
+    not stay in memory."""
     return np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
 
 
@@ -266,8 +269,8 @@ def write_tile(tile: Tensor, box: Box, whole: Tensor):
 def round_probabilities(probabilities: Tensor, classes: Tensor) -> Tensor:
     """Probabilities (B,L,h,w) in float32, and the most likely classes (B,h,w) -> the probabilities in float16.
 
-    Rounding can make the largest two equal. Then the most likely class gets the next larger float16. So the largest
-    probability in what is returned is always that of `classes`.
+    Rounding can make the largest two equal. Then the most likely class gets the next larger
+    float16. So the largest probability in what is returned is always that of `classes`.
     """
     rounded = probabilities.half()
     classes = classes[:, None]

@@ -5,10 +5,11 @@
     torchrun --nproc-per-node 4 train.py --image-processes 2         # two groups: half of every batch for each group,
                                                                      # and half of every image for each of its processes
 
-All processes hold the same weights. Once per step the gradients are averaged (by DistributedDataParallel) and the few
-sums of the loss are added up; once per epoch the running statistics are averaged. The processes of a group also add up
-the coarse maps of what their tiles send. Nothing that travels has the size of an image. Without torchrun there is one
-process, and everything here leaves things as they are.
+All processes hold the same weights. Once per step the gradients are averaged (by
+DistributedDataParallel) and the few sums of the loss are added up; once per epoch the running
+statistics are averaged. The processes of a group also add up the coarse maps of what their tiles
+send. Nothing that travels has the size of an image. Without torchrun there is one process, and
+everything here leaves things as they are.
 """
 
 import os
@@ -67,8 +68,8 @@ def is_first() -> bool:
 
 
 def share_images(count: int):
-    """From now on, `count` processes with neighbouring ranks are a group, and share the tiles of each image. The number
-    of all processes must be a multiple of it."""
+    """From now on, `count` processes with neighbouring ranks are a group, and share the tiles of
+    each image. The number of all processes must be a multiple of it."""
     global image_processes, image_group
     image_processes = count
     if count > 1:
@@ -91,8 +92,8 @@ def own_tiles(tiles: int) -> range:
 
 
 class SumOverGroup(torch.autograd.Function):
-    """Adds up x over the processes of a group. The gradients are added up in the same way, because each process knows only
-    the part of the gradient that comes from its own tiles.
+    """Adds up x over the processes of a group. The gradients are added up in the same way, because
+    each process knows only the part of the gradient that comes from its own tiles.
 
     This is not all_reduce_sum below: there every process makes the same of the sum, and so knows its whole gradient.
     """
@@ -126,8 +127,8 @@ def gpus_each() -> int:
 
 
 def find_devices(gpus: int, tiles: str) -> list[torch.device]:
-    """The GPUs that are asked for, as far as they exist, or else the CPU. Says in one line where the tiles are computed;
-    from then on only the first process prints."""
+    """The GPUs that are asked for, as far as they exist, or else the CPU. Says in one line where
+    the tiles are computed; from then on only the first process prints."""
     found = min(gpus, gpus_each())
     devices = [torch.device("cuda", LOCAL_RANK * found + i) for i in range(found)]
     if not devices:
@@ -153,8 +154,8 @@ def is_lost(error: Exception) -> bool:
 
 
 def from_first(function: Callable, *arguments):
-    """Calls function(*arguments) in the first process only, and returns what it returned in every process. If it fails, the
-    first process says why, and the others end."""
+    """Calls function(*arguments) in the first process only, and returns what it returned in every
+    process. If it fails, the first process says why, and the others end."""
     if not dist.is_initialized():
         return function(*arguments)
     patient = dist.new_group(backend="gloo", timeout=timedelta(hours=12))  # the first may have many images to look at
@@ -173,11 +174,12 @@ def from_first(function: Callable, *arguments):
 
 
 class Shares(Sampler):
-    """The share of one group in every batch: its images group, group + groups, ... The batches are those of a single
-    process, so a run can go on with any number of processes.
+    """The share of one group in every batch: its images group, group + groups, ... The batches are
+    those of a single process, so a run can go on with any number of processes.
 
-    The last batch may have fewer images than there are groups. Then the groups that are left without one get its first
-    image as a filler, which counts in their running statistics, but not in the loss (see mask_out_fillers in loaders.py).
+    The last batch may have fewer images than there are groups. Then the groups that are left
+    without one get its first image as a filler, which counts in their running statistics, but not
+    in the loss (see mask_out_fillers in loaders.py).
     """
 
     def __init__(self, batches: BatchSampler):
@@ -195,8 +197,9 @@ class Shares(Sampler):
 
 
 def seed(number: int, epoch: int):
-    """Every group but the first draws random numbers of its own in each epoch, so that they need not be saved. The
-    processes of a group draw the same, so that dropout in the communication network is the same in all of them."""
+    """Every group but the first draws random numbers of its own in each epoch, so that they need
+    not be saved. The processes of a group draw the same, so that dropout in the communication
+    network is the same in all of them."""
     if group() > 0:
         torch.manual_seed(hash((number, epoch, group())) % 2**63)
 
@@ -205,7 +208,8 @@ def parallel(model: nn.Module) -> nn.Module:
     """The model to train with. In the backward pass it averages the gradients of all processes."""
     if not dist.is_initialized():
         return model
-    warnings.filterwarnings("ignore", "Grad strides do not match")  # of a 1x1 convolution, for which all memory formats are one
+    # Those of a 1x1 convolution, for which all memory formats are one.
+    warnings.filterwarnings("ignore", "Grad strides do not match")
     with warnings.catch_warnings():  # PyTorch 2.13 has another name for broadcast_buffers, which 2.11 does not know
         warnings.simplefilter("ignore", FutureWarning)
         return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
@@ -214,9 +218,10 @@ def parallel(model: nn.Module) -> nn.Module:
 def all_reduce_sum(x: Tensor) -> Tensor:
     """The sum over processes, with the gradient of a sum.
 
-    Each process only knows how its own x came about, so the total gets the gradient of that part. Suppose two processes
-    hold 2 and 3. Both return 5, and in each of them the gradient of 5 goes to its own x. DistributedDataParallel takes
-    the mean of the processes' gradients where the sum is wanted, which the factor undoes.
+    Each process only knows how its own x came about, so the total gets the gradient of that part.
+    Suppose two processes hold 2 and 3. Both return 5, and in each of them the gradient of 5 goes to
+    its own x. DistributedDataParallel takes the mean of the processes' gradients where the sum is
+    wanted, which the factor undoes.
     """
     if not dist.is_initialized():
         return x
@@ -229,8 +234,8 @@ def all_reduce_sum(x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def average_buffers(model: nn.Module):
-    """The running statistics become their mean over processes. They are linear in what each step adds to them, so once per
-    epoch is as good as once per step."""
+    """The running statistics become their mean over processes. They are linear in what each step
+    adds to them, so once per epoch is as good as once per step."""
     if not dist.is_initialized():
         return
     for buffer in model.buffers():
@@ -240,7 +245,8 @@ def average_buffers(model: nn.Module):
 
 
 def memory_gib() -> float:
-    """The memory that a step may need: nine tenths of that of the smallest GPU, or of the machine if there is no GPU."""
+    """The memory that a step may need: nine tenths of that of the smallest GPU, or of the machine
+    if there is no GPU."""
     if torch.cuda.is_available():
         sizes = [torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count())]
     else:

@@ -32,8 +32,9 @@ class Diverged(ArithmeticError):
 
 
 class Run:
-    """config, out: the options of the run, and its folder. model, optimizer, schedule, order (the generator that shuffles
-    the training images): the objects that training changes; the run reads them to save them."""
+    """config, out: the options of the run, and its folder. model, optimizer, schedule, order (the
+    generator that shuffles the training images): the objects that training changes; the run reads
+    them to save them."""
 
     def __init__(self, config: dict, out: Path, model, optimizer, schedule, order: torch.Generator):
         self.config = config
@@ -47,11 +48,11 @@ class Run:
         self.started = time.perf_counter()
 
     def begin(self, state: dict | None):
-        """Goes on from a state, or else begins, with the weights of --init if there are any. Prints the heading of the
-        table of epochs.
+        """Goes on from a state, or else begins, with the weights of --init if there are any. Prints
+        the heading of the table of epochs.
 
-        CheckpointError: the state is that of another network, or of other images; best.pt is that of another state; or
-        the weights are those of another network.
+        CheckpointError: the state is that of another network, or of other images; best.pt is that
+        of another state; or the weights are those of another network.
         """
         if state is not None:
             self.restore(state)
@@ -96,8 +97,8 @@ class Run:
         except (KeyError, IndexError, TypeError, ValueError, RuntimeError):
             raise CheckpointError("last.pt: what it holds does not go together; train anew") from None
         if self.schedule.total_steps != total_steps:
-            raise CheckpointError(f"the run had {self.schedule.total_steps} steps to make and would now have {total_steps}, "
-                                  "so the images have changed; put them back, or train anew")
+            raise CheckpointError(f"the run had {self.schedule.total_steps} steps to make and would now have "
+                                  f"{total_steps}, so the images have changed; put them back, or train anew")
 
     def number_best(self):
         """Older runs did not save the number of the best epoch: it is the first with the scores of the best."""
@@ -123,8 +124,9 @@ class Run:
         path = self.out / "best.pt"
         epoch = checkpoints.load(path).get("epoch", self.best_epoch())  # older ones have no number
         if epoch != self.best_epoch():
-            raise CheckpointError(f"{path}: holds epoch {epoch}, but the best of the run was epoch {self.best_epoch()}; put "
-                                  "back the best.pt that was written with this last.pt, or train anew")
+            raise CheckpointError(f"{path}: holds epoch {epoch}, but the best of the run was epoch "
+                                  f"{self.best_epoch()}; put back the best.pt that was written with this last.pt, "
+                                  "or train anew")
 
     def save(self, path: Path, state: dict):
         if processes.is_first():
@@ -152,11 +154,11 @@ class Run:
             self.save_best()
 
     def is_best(self, validation: dict) -> bool:
-        """Whether these are the best validation scores so far. If two epochs have equal scores, the later one is better,
-        because more was learned.
+        """Whether these are the best validation scores so far. If two epochs have equal scores, the
+        later one is better, because more was learned.
 
-        If a class does not occur in the validation masks, the later epoch is always better. Otherwise the best could be a
-        network that never finds this class.
+        If a class does not occur in the validation masks, the later epoch is always better.
+        Otherwise the best could be a network that never finds this class.
         """
         if self.best is None or self.config.get("not_in_val"):
             return True
@@ -257,8 +259,8 @@ class Run:
 
 
 def losses_line(trained: float, used: float, freeze_batch_norm: float) -> str:
-    """A line that compares the loss of training images in training mode and in evaluation mode, and names the remedy if
-    it is much higher in evaluation mode."""
+    """A line that compares the loss of training images in training mode and in evaluation mode, and
+    names the remedy if it is much higher in evaluation mode."""
     line = f"loss of training images: {trained:.4f} as trained, {used:.4f} in evaluation mode"
     if used > 1.2 * trained + 0.02:
         line += ("; they should be alike, but batch norm has not learned the statistics that it uses: take a smaller "
@@ -268,5 +270,6 @@ def losses_line(trained: float, used: float, freeze_batch_norm: float) -> str:
 
 def waiting_line(seconds_waited: float, train_seconds: float) -> str:
     """A line about a training that waited long for its images, and what may help."""
-    return (f"training waited {100 * seconds_waited / train_seconds:.0f} % of its time for images; with a GPU, more --workers "
-            "read them sooner, and with --crop, .npy files are read much faster than pictures (docs/own-images.md)")
+    return (f"training waited {100 * seconds_waited / train_seconds:.0f} % of its time for images; with a GPU, more "
+            "--workers read them sooner, and with --crop, .npy files are read much faster than pictures "
+            "(docs/own-images.md)")

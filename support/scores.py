@@ -1,7 +1,8 @@
 """How good a predicted mask is: the intersection over union (IoU) of each class.
 
-Each tile counts its own pixels, and the counts of all tiles, images and processes are added up. So a score is that of
-all pixels of a split at once, and not a mean over images or tiles. Letters as in decompose.py.
+Each tile counts its own pixels, and the counts of all tiles, images and processes are added up. So
+a score is that of all pixels of a split at once, and not a mean over images or tiles. Letters as in
+decompose.py.
 """
 
 import torch
@@ -16,8 +17,9 @@ SEAM = 8  # pixels on both sides of a border between tiles; they are also scored
 def confusion(predicted: Tensor, mask: Tensor, near_seam: Tensor, classes: int) -> Tensor:
     """Counts the pixels of a tile by true class and predicted class, away from the seams and near them.
 
-    predicted, mask: (B,h,w) class indices; near_seam: (h,w), which pixels are near a seam.
-    Returns (2,L,L): first the pixels away from seams, then those near one; rows are true classes, columns predicted ones.
+    predicted, mask: (B,h,w) class indices; near_seam: (h,w), which pixels are near a seam. Returns
+    (2,L,L): first the pixels away from seams, then those near one; rows are true classes, columns
+    predicted ones.
     """
     number_of_bins = 2 * classes * classes
     bins = (near_seam * classes + mask.long()) * classes + predicted  # the bin in which each pixel is counted
@@ -36,8 +38,8 @@ def pixels_near_seam(tiling: Tiling, i: int, device: torch.device) -> Tensor:
 
 
 def near_border(start: int, stop: int, end: int, device: torch.device) -> Tensor:
-    """(stop - start,): which pixels are within SEAM of `start` or `stop`. The borders of the image, 0 and `end`, are no
-    borders between tiles."""
+    """(stop - start,): which pixels are within SEAM of `start` or `stop`. The borders of the image,
+    0 and `end`, are no borders between tiles."""
     x = torch.arange(start, stop, device=device)
     near = torch.zeros_like(x, dtype=torch.bool)
     if start > 0:
@@ -92,6 +94,6 @@ def remarks(found: dict, config: dict) -> list[str]:
     if absent:
         lines.append(f"the true masks hold no {' or '.join(absent)}, so the mean IoU says nothing about that")
     if missed:
-        lines.append(f"never predicted, although the true masks hold it: {', '.join(missed)}; more --epochs or a larger "
-                     "weight of this class (--class-weights) may help")
+        lines.append(f"never predicted, although the true masks hold it: {', '.join(missed)}; more --epochs or a "
+                     "larger weight of this class (--class-weights) may help")
     return lines

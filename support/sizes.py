@@ -1,4 +1,4 @@
-"""How images of any size are cut into tiles: the sizes of training as --grid says, others into tiles of about that size."""
+"""How images of any size are cut into tiles: those of training as --grid says, others into tiles of about that size."""
 
 import functools
 import itertools
@@ -21,9 +21,10 @@ def cached_tiling(size: tuple[int, int], grid: tuple[int, int], cell: int, overl
 def build_tiling(config: dict, size: Sequence[int], grid: Sequence[int] | None = None) -> Tiling:
     """How an image of a size (H,W) is cut. ValueError: it cannot be.
 
-    As `grid` says, if it is given. An image of the size of training is cut as --grid says. Any other is cut into tiles
-    that are no larger than those; but an image larger than in training, into tiles of at least 256x256. Where several
-    processes share an image, there is a tile for each.
+    As `grid` says, if it is given. An image of the size of training is cut as --grid says. Any
+    other is cut into tiles that are no larger than those; but an image larger than in training,
+    into tiles of at least 256x256. Where several processes share an image, there is a tile for
+    each.
     """
     cell = 2 ** config["depth"]
     if grid is None:
@@ -103,8 +104,8 @@ def check_smallest(config: dict):
     cells = number_of_cells(config, (height, width))
     if cells < config["image_processes"]:
         cell = 2 ** config["depth"]
-        raise DataError(f"{name}: {height}x{width} pixels, {cells} cells of {cell}x{cell}, cannot be cut into a tile for "
-                        f"each of --image-processes {config['image_processes']}; take at most {cells}")
+        raise DataError(f"{name}: {height}x{width} pixels, {cells} cells of {cell}x{cell}, cannot be cut into a tile "
+                        f"for each of --image-processes {config['image_processes']}; take at most {cells}")
 
 
 def has_tile_of_one_cell(tiling: Tiling) -> bool:

@@ -41,8 +41,8 @@ class Statistics:
         self.pixels += other.pixels
 
     def mean_and_std(self) -> tuple[list[float], list[float]]:
-        """A standard deviation of 0 becomes 1, because images are divided by it. Rounding can leave a little more than 0
-        of such a variance, so what is that small counts as 0."""
+        """A standard deviation of 0 becomes 1, because images are divided by it. Rounding can leave
+        a little more than 0 of such a variance, so what is that small counts as 0."""
         mean = self.sums / self.pixels
         square = self.squares / self.pixels
         variance = square - np.square(mean)
@@ -86,8 +86,8 @@ def summarise_pair(folder: ImageFolder, number: int, classes: int) -> PairSummar
             extremes.add(channel, block[:, channel])
     palette = mask_colors(mask_path) if folder.read_mask is read_mask else []
     checksums = checksum(image_path), checksum(mask_path)  # now, while the system still holds both files in memory
-    return PairSummary(mask.shape, channels, image.dtype, has_transparency(image_path), pixels, palette, extremes, statistics,
-                       checksums)
+    return PairSummary(mask.shape, channels, image.dtype, has_transparency(image_path), pixels, palette, extremes,
+                       statistics, checksums)
 
 
 class PairSummaries(Dataset):
@@ -118,7 +118,7 @@ class Findings:
         self.statistics = Statistics()  # of the training images
         self.extremes = {}  # of each split
         self.sizes = {split: {} for split in folders}  # in each split: {(H, W): an image of that size}
-        self.pixels = {split: Counter() for split in folders}  # in each split: how many pixels have each value of a mask
+        self.pixels = {split: Counter() for split in folders}  # in each split: the pixels of each value of a mask
         self.pixels_of_folder = {}  # the same in each folder, from which several splits may be drawn
         self.checksums = []  # of all files
         self.channels, self.dtype = None, None  # of all images
@@ -149,11 +149,11 @@ def survey(folders: dict[str, ImageFolder], names: list[str] | None, workers: in
     names: of the classes, if they are known; workers: processes that read, whose number does not change what comes out.
     DataError: a pair cannot be used (the first such pair is named), or the pairs do not go together.
 
-    Returns what the images tell: channels; dtype; classes and colors; mean and std of each channel of the training
-    images, where white is 1; range, the smallest and the largest value of each of their channels; class_pixels, how many
-    pixels of each class the training masks hold; not_in_val, the classes of these that the masks for val lack;
-    file_contents, which stands for all files (see identity.py). And the sizes that occur in each split:
-    {(H, W): an image of that size}.
+    Returns what the images tell: channels; dtype; classes and colors; mean and std of each channel
+    of the training images, where white is 1; range, the smallest and the largest value of each of
+    their channels; class_pixels, how many pixels of each class the training masks hold; not_in_val,
+    the classes of these that the masks for val lack; file_contents, which stands for all files (see
+    identity.py). And the sizes that occur in each split: {(H, W): an image of that size}.
     """
     summaries = PairSummaries(folders, len(names) if names is not None else IGNORE)
     found = Findings(folders)
@@ -167,8 +167,8 @@ def survey(folders: dict[str, ImageFolder], names: list[str] | None, workers: in
 
     check_counted(found.pixels, folders)
     if found.transparent is not None:
-        say_once(f"{found.transparent}: its last channel is taken for transparency and left out, also in other images; if it "
-                 "is anything else, such as infrared, save the images as .npy")
+        say_once(f"{found.transparent}: its last channel is taken for transparency and left out, also in other images; "
+                 "if it is anything else, such as infrared, save the images as .npy")
     labels = classes_in(sum(found.pixels.values(), Counter()))
     _, first_mask = folders["train"].pairs[0]
     if names is None:
@@ -203,8 +203,8 @@ def check_counted(pixels: dict[str, Counter], folders: dict[str, ImageFolder]):
     for split, folder in folders.items():
         if not classes_in(pixels[split]):
             _, mask_path = folder.pairs[0]
-            raise DataError(f"{mask_path.parent}: no pixel of the masks for {split} counts, all are {IGNORE}; add a mask "
-                            "with a class")
+            raise DataError(f"{mask_path.parent}: no pixel of the masks for {split} counts, all are {IGNORE}; add a "
+                            "mask with a class")
 
 
 def check_pair(image: np.ndarray, image_path: Path, mask: np.ndarray, mask_path: Path, crop: tuple[int, int] | None):
@@ -212,8 +212,8 @@ def check_pair(image: np.ndarray, image_path: Path, mask: np.ndarray, mask_path:
     check_same_size(image, image_path, mask, mask_path)
     height, width = mask.shape
     if crop is not None and (height < crop[0] or width < crop[1]):
-        raise DataError(f"{image_path}: {height}x{width} pixels are fewer than --crop {crop[0]}x{crop[1]}; take a smaller "
-                        "crop")
+        raise DataError(f"{image_path}: {height}x{width} pixels are fewer than --crop {crop[0]}x{crop[1]}; take a "
+                        "smaller crop")
 
 
 def check_kinds(kinds: dict[str, Path]):
@@ -230,12 +230,14 @@ def check_colors(colors: dict[int, tuple], labels: set[int], palette: list[tuple
             continue
         color, first_path = colors.setdefault(label, (palette[label], path))
         if palette[label] != color:
-            raise DataError(f"{path}: shows class {label} in the colour {palette[label]}, but {first_path.name} in {color}; "
-                            "give all masks one palette, or if their numbers are right, save them as grey values")
+            raise DataError(f"{path}: shows class {label} in the colour {palette[label]}, but {first_path.name} in "
+                            f"{color}; give all masks one palette, or if their numbers are right, save them as grey "
+                            "values")
 
 
 def check_white(pixels_of_folder: dict[Path, Counter], names: list[str]):
-    """DataError: the masks of a folder hold 0 and 255 alone. DeepGlobe's masks are in colour, so they are not checked."""
+    """DataError: the masks of a folder hold 0 and 255 alone. DeepGlobe's masks are in colour, so
+    they are not checked."""
     if names == list(DEEPGLOBE):
         return
     for folder, pixels in pixels_of_folder.items():
@@ -244,8 +246,8 @@ def check_white(pixels_of_folder: dict[Path, Counter], names: list[str]):
 
 
 def missing_classes(pixels: dict[str, Counter], names: list[str]) -> dict[str, list[str]]:
-    """The classes that val and test lack although train has them, that train lacks although another split has them, and
-    that none has ("all")."""
+    """The classes that val and test lack although train has them, that train lacks although another
+    split has them, and that none has ("all")."""
     missing = {"train": [], "val": [], "test": [], "all": []}
     for label, name in enumerate(names):
         having = [split for split in pixels if pixels[split][label] > 0]
@@ -282,14 +284,14 @@ def number_classes(found: set[int], folder: Path) -> list[str]:
     for label in range(max(found)):
         if label not in found:
             values = " ".join(map(str, sorted(found)[:8])) + (" ..." if len(found) > 8 else "")
-            raise DataError(f"{folder}: the masks hold the values {values}, but {label} does not occur; number the classes "
-                            "0, 1, 2, ... without a gap, or name all of them in DIR/classes.txt")
+            raise DataError(f"{folder}: the masks hold the values {values}, but {label} does not occur; number the "
+                            "classes 0, 1, 2, ... without a gap, or name all of them in DIR/classes.txt")
     return [f"class {label}" for label in sorted(found)]
 
 
 def print_outliers(extremes: dict[str, Extremes]):
-    """Prints a line for a value of the training images that is far outside all others of its channel, and one for a
-    split with quite other values than theirs."""
+    """Prints a line for a value of the training images that is far outside all others of its
+    channel, and one for a split with quite other values than theirs."""
     outlier = find_outlier(extremes["train"])
     if outlier:
         print(f"train: {outlier}; if it marks pixels without data, give these {IGNORE} in the masks")

@@ -25,10 +25,11 @@ def normalise(tile: Tensor, mean: Sequence[float], std: Sequence[float],
               value_range: Sequence[Sequence[float]] | None = None) -> Tensor:
     """A tile (B,C,h,w) as it is stored -> numbers of mean 0 and standard deviation 1 in each channel.
 
-    mean, std: of each channel of the training images, where white is 1. Tiles travel as they are stored, which for a
-    photograph is a quarter of the bytes, and are normalised on their device.
-    value_range: the smallest and the largest value of each channel of the training images, as they are stored. A number
-    that is not finite, or that lies far outside this range, marks a pixel without data, and becomes the mean.
+    mean, std: of each channel of the training images, where white is 1. Tiles travel as they are
+    stored, which for a photograph is a quarter of the bytes, and are normalised on their device.
+    value_range: the smallest and the largest value of each channel of the training images, as they
+    are stored. A number that is not finite, or that lies far outside this range, marks a pixel
+    without data, and becomes the mean.
     """
     x = tile.to(torch.get_default_dtype()) / white(tile)
     for channel in range(x.shape[1]):
@@ -72,8 +73,8 @@ def without_outliers(values: Sequence[float]) -> tuple[float, float]:
 
 
 class Extremes:
-    """The two smallest and the two largest values of each channel of some images, as they are stored. Two, so that
-    `without_outliers` can tell whether the last one is far outside the others.
+    """The two smallest and the two largest values of each channel of some images, as they are
+    stored. Two, so that `without_outliers` can tell whether the last one is far outside the others.
 
     dtype: of the images. Of uint8, in which no value lies far outside, only the smallest and the largest are kept.
     """
@@ -117,8 +118,9 @@ class Extremes:
 
 
 def range_line(found: Sequence[Sequence[float]], trained: Sequence[Sequence[float]]) -> str | None:
-    """A line, if the values of some images are far outside the range of the training images, or if those of all channels
-    fill less than a hundredth of it; otherwise None. Both are ranges as in `Extremes`."""
+    """A line, if the values of some images are far outside the range of the training images, or if
+    those of all channels fill less than a hundredth of it; otherwise None. Both are ranges as in
+    `Extremes`."""
     narrow = 0
     channels = len(trained[0])
     for channel in range(channels):
@@ -151,6 +153,6 @@ def counted_pixels(image: np.ndarray, path: Path, mask: np.ndarray) -> Iterator[
         if not counts.all():
             pixels = block[counts]
         if pixels.dtype.kind == "f" and not is_finite(pixels).all():
-            raise DataError(f"{path}: holds nan, inf or numbers beyond 3e38; give these pixels {IGNORE} in the mask, so "
-                            "that they do not count, or replace them")
+            raise DataError(f"{path}: holds nan, inf or numbers beyond 3e38; give these pixels {IGNORE} in the mask, "
+                            "so that they do not count, or replace them")
         yield pixels

@@ -1,7 +1,8 @@
 """A second device for machines that have none: `pretend:0` computes on the CPU and mixes with nothing else.
 
-A `PretendTensor` holds a CPU tensor and reports the device pretend:0. An operation that mixes the two devices
-fails, as it would between two GPUs, and the tensors that cross are noted in `PretendDevice.moved`.
+A `PretendTensor` holds a CPU tensor and reports the device pretend:0. An operation that mixes the
+two devices fails, as it would between two GPUs, and the tensors that cross are noted in
+`PretendDevice.moved`.
 """
 
 from typing import NamedTuple

@@ -1,4 +1,4 @@
-"""`--amp` computes in bfloat16 what float32 would give up to rounding, and keeps weights, statistics and sums in float32."""
+"""`--amp` computes in bfloat16 what float32 would give up to rounding; weights, statistics, sums stay in float32."""
 
 import numpy as np
 import pytest
@@ -93,7 +93,8 @@ def gradient_of_equal_tiles(n, recompute):
 
 @pytest.mark.parametrize("recompute", [False, True])
 def test_the_gradients_of_many_tiles_add_up(recompute):
-    """A loss that is a mean has the same gradient for 169 equal tiles as for one, but not if they are added up in bfloat16."""
+    """A loss that is a mean has the same gradient for 169 equal tiles as for one, but not if they
+    are added up in bfloat16."""
     one = gradient_of_equal_tiles(1, recompute)
     many = gradient_of_equal_tiles(13, recompute)
     assert (many - one).norm() < 0.05 * one.norm()

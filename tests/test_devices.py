@@ -155,7 +155,8 @@ class SlowLinear(nn.Linear):
 
 
 def test_each_thread_gets_the_weights_of_its_device():
-    """In the backward pass of --recompute, autograd runs tiles in a thread for each GPU. Here the threads are our own."""
+    """In the backward pass of --recompute, autograd runs tiles in a thread for each GPU. Here the
+    threads are our own."""
     other_name = torch.device("cpu", 0)  # the same device by another name
     module = SlowLinear(1, 1)
     weights = dict(module.named_parameters())

@@ -11,8 +11,8 @@ from conftest import CPU
 import plan
 import train
 from comm_net import CommNet
-from experiments import (benchmark, comm_channels, control, deepglobe, generalise, idea, loading, memory, norm, qualitative,
-                         rare, reach, simulation)
+from experiments import (benchmark, comm_channels, control, deepglobe, generalise, idea, loading, memory, norm,
+                         qualitative, rare, reach, simulation)
 from experiments.common import read_rows
 from support import processes
 
@@ -129,8 +129,9 @@ def test_processes_exchange_their_gradients_once_coarse_maps_and_a_few_numbers(f
     (row,) = read_rows(folder / "runs/distributed-quick/distributed.csv")
     assert row["processes"] == row["processes_of_an_image"] == 2
 
-    # Beyond the gradients: 8 sums of the loss in float32; forwards and backwards a coarse map of 16 images, 4 channels and
-    # 8x8 cells; and in float64 the mean, the variance and the number of steps of each layer of encoder and decoder.
+    # Beyond the gradients: 8 sums of the loss in float32; forwards and backwards a coarse map of 16
+    # images, 4 channels and 8x8 cells; and in float64 the mean, the variance and the number of
+    # steps of each layer of encoder and decoder.
     sums = 4 * 8
     coarse_map = 4 * 16 * 4 * 8 * 8
     channels = 2 * (2 + 4 + 8 + 16 + 8 + 4 + 2)

@@ -60,7 +60,8 @@ def test_two_folders_for_predictions_are_two_from_the_start():
 
 
 def together(function, *arguments) -> list:
-    """What function(*arguments) returns, or the DataError that it raises, in eight threads that begin at one instant."""
+    """What function(*arguments) returns, or the DataError that it raises, in eight threads that
+    begin at one instant."""
     barrier = Barrier(8)
 
     def call(thread):

@@ -177,7 +177,8 @@ def test_of_an_older_run_it_is_said_that_its_images_are_not_known_for_sure(place
 def test_data_that_has_moved_is_found_with_data(place, capsys):
     (place / "data").rename(place / "elsewhere")
     said = message_of_failure(["--resume", "run"], capsys)
-    assert f"--data {place / 'data'}: no such folder; give --data with the folder in which the images of run lie now" in said
+    message = "no such folder; give --data with the folder in which the images of run lie now"
+    assert f"--data {place / 'data'}: {message}" in said
     train.main(["--resume", "run", "--data", "elsewhere"])
     config = json.loads((place / "run/metrics.json").read_text())["config"]
     assert config["data"] == str(place / "elsewhere")
@@ -217,7 +218,8 @@ def test_what_does_not_go_with_resume_is_one_line(options, message, place, capsy
 
 
 def test_a_run_on_synthetic_images_takes_no_data(tmp_path, capsys):
-    train.main([*"--width 2 --depth 1 --comm-channels 0 --train-images 8 --epochs 0 --out".split(), str(tmp_path / "run")])
+    options = "--width 2 --depth 1 --comm-channels 0 --train-images 8 --epochs 0 --out".split()
+    train.main(options + [str(tmp_path / "run")])
     said = message_of_failure(["--resume", str(tmp_path / "run"), "--data", str(tmp_path)], capsys)
     assert "the images of this run are synthetic; leave --data out" in said
 
@@ -270,7 +272,8 @@ def test_what_is_kept_is_small(place):
 
 
 def test_a_run_does_not_go_on_with_so_many_processes_that_batch_norm_sees_a_single_number(tmp_path, monkeypatch):
-    """A tile of 32x32 pixels is a single cell at depth 5, and each of four processes would have one image of a batch."""
+    """A tile of 32x32 pixels is a single cell at depth 5, and each of four processes would have one
+    image of a batch."""
     options = "--width 2 --depth 5 --comm-channels 0 --train-images 4 --batch-size 4 --epochs 1 --freeze-batch-norm 1"
     train.main(options.split() + ["--out", str(tmp_path / "run")])
 

@@ -63,7 +63,8 @@ def png_chunk(name, data):
 
 
 def write_png(path, size, bits, kind, rows):
-    """A PNG of a kind that Pillow cannot write. kind: 0, grey, or 2, colour. rows: each begins with the byte of its filter."""
+    """A PNG of a kind that Pillow cannot write. kind: 0, grey, or 2, colour. rows: each begins with
+    the byte of its filter."""
     height, width = size
     header = png_chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, bits, kind, 0, 0, 0))
     path.write_bytes(b"\x89PNG\r\n\x1a\n" + header + png_chunk(b"IDAT", zlib.compress(rows)) + png_chunk(b"IEND", b""))
@@ -618,7 +619,8 @@ def test_an_image_that_cannot_be_used_is_named(suffix, image, message, folder, c
 @pytest.mark.parametrize("content", [b"P5 4 1 2\n\0\1\2\1", b"P2 4 1 255\n0 1 2 1", b"P6 1 1 65535\n123456"])
 def test_a_pgm_whose_values_pillow_changes_is_named(content, tmp_path):
     (tmp_path / "mask.pgm").write_bytes(content)
-    with pytest.raises(image_files.DataError, match="Pillow changes the numbers of such a PPM or PGM .*; save it as PNG or .npy"):
+    message = "Pillow changes the numbers of such a PPM or PGM .*; save it as PNG or .npy"
+    with pytest.raises(image_files.DataError, match=message):
         mask_files.read_mask(tmp_path / "mask.pgm")
 
 
@@ -844,7 +846,8 @@ def test_a_gap_between_the_numbers_of_the_classes_is_named(folder_without_names,
     values = [0, 100, 200, 0, 100, 200]
     for i, value in enumerate(values):
         save(folder_without_names / f"train/masks/{i}.png", np.full((16, 24), value, np.uint8))
-    message = "train/masks: the masks hold the values 0 100 200, but 1 does not occur; number the classes 0, 1, 2, ... without a gap"
+    message = ("train/masks: the masks hold the values 0 100 200, but 1 does not occur; number the classes 0, 1, 2, "
+               "... without a gap")
     assert_refused(folder_without_names, message, capsys)
     for kind, size in (("images", (16, 24, 3)), ("masks", (16, 24))):
         save(folder_without_names / f"test/{kind}/0.png", np.zeros(size, np.uint8))
@@ -885,7 +888,8 @@ def as_jpeg(mask):
 def test_a_mask_with_the_values_of_interpolation_or_jpeg_is_named(spoil, classes, object_value, tmp_path):
     mask = np.minimum(DISC, object_value)
     spoilt = np.array(spoil(mask))
-    with pytest.raises(image_files.DataError, match="different values form lines one pixel wide, as after resizing with"):
+    message = "different values form lines one pixel wide, as after resizing with"
+    with pytest.raises(image_files.DataError, match=message):
         mask_files.count_pixels(spoilt, tmp_path / "mask.png", classes)
 
 

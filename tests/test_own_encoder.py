@@ -1,4 +1,4 @@
-"""docs/own-encoder.md: its code runs, with torchvision or a stand-in of the same interface, in tiles that communicate."""
+"""docs/own-encoder.md: its code runs, with torchvision or a stand-in of the same interface, in communicating tiles."""
 
 import importlib.util
 import re

@@ -1,4 +1,4 @@
-"""What the README and the pages in docs/ promise: their commands and examples run, and their lengths and links are right.
+"""What the README and the pages in docs/ promise: commands and examples run, and lengths and links are right.
 
 If you change a command, an example, a file's length or its name, one of these tests tells which line to change.
 """
@@ -134,7 +134,10 @@ def test_every_prediction_command_runs(command, place, tmp_path):
     assert (tmp_path / "metrics.json").exists() == ("--masks" in command)
 
 
-@pytest.mark.parametrize("command", [line for line in COMMANDS if "python -m experiments" in line or "python plan" in line])
+OTHERS = [line for line in COMMANDS if "python -m experiments" in line or "python plan" in line]
+
+
+@pytest.mark.parametrize("command", OTHERS)
 def test_every_other_command_is_understood(command, monkeypatch, capsys):
     """In this process, as to start a program takes longer."""
     words = shlex.split(command)

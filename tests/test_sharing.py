@@ -126,7 +126,8 @@ def work(rank: int, folder: str):
     for (world, shared), cases in WORLDS.items():
         if rank >= world:
             continue
-        dist.init_process_group("gloo", init_method=f"file://{folder}/meet-{world}-{shared}", rank=rank, world_size=world)
+        meeting = f"file://{folder}/meet-{world}-{shared}"
+        dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=world)
         processes.share_images(shared)
         if (world, shared) == (2, 2):
             torch.save([measure_step(False), measure_step(True)], f"{folder}/measured-{rank}")
@@ -211,8 +212,8 @@ def test_the_plan_of_a_process_is_what_it_needs_and_what_it_hands_over(case, opt
 
 
 def test_two_processes_need_half_of_the_activations_each(results):
-    """Beyond the images, the weights and what belongs to them. Not halved are the coarse maps, and what a tile needs only
-    while it is computed."""
+    """Beyond the images, the weights and what belongs to them. Not halved are the coarse maps, and
+    what a tile needs only while it is computed."""
     config = configuration("--image-size 128 --grid 2x2")
     alone = RealTraining(config)
     (peak, _), _ = torch.load(results / "measured-0")

@@ -1,4 +1,4 @@
-"""TIFF, as far as Pillow reads it, against arrays made here. Pillow writes few kinds of it, so some are written by hand."""
+"""TIFF, as far as Pillow reads it, against arrays made here. Pillow writes few kinds, so some are written by hand."""
 
 import struct
 import zlib
@@ -20,8 +20,9 @@ FORMAT = {"u": 1, "i": 2, "f": 3}
 def write_tiff(path, array, tile=None, deflate=False, order="<", planes=False, color=True):
     """A TIFF of an array (H,W) or (H,W,C) of any type.
 
-    tile: side of the tiles, else all of it is one strip; order: ">" for the high byte first; planes: one channel after
-    the other; color: whether the first of several channels are red, green and blue.
+    tile: side of the tiles, else all of it is one strip; order: ">" for the high byte first;
+    planes: one channel after the other; color: whether the first of several channels are red, green
+    and blue.
     """
     height, width = array.shape[:2]
     array = array.reshape(height, width, -1)

@@ -52,8 +52,8 @@ def test_a_run_leaves_its_files(finished):
 def test_the_metrics_of_a_run(finished):
     metrics = finished.metrics
     assert set(metrics) == {
-        "config", "parameters", "seconds", "seconds_per_step", "train_seconds", "seconds_waited", "peak_mib", "val", "test",
-        "loss_of_training_images"}
+        "config", "parameters", "seconds", "seconds_per_step", "train_seconds", "seconds_waited", "peak_mib", "val",
+        "test", "loss_of_training_images"}
     assert metrics["config"]["image_size"] == [64, 64]
     assert metrics["config"]["grid"] == [2, 2]
     assert set(metrics["test"]["iou"]) == {"background", "line", "circle"}
@@ -153,7 +153,8 @@ def test_tiles_that_do_not_communicate_can_only_guess_the_line(tmp_path, no_pict
     ("--overlap 5", "an overlap of 5 pixels: it must be a multiple of the cell, 8"),
     ("--image-size 16", "--image-size 16x16: synthetic images must hold two tiles of 32x32"),
     ("--train-images 17 --grid 8x8", "a tile is a single cell, and a process has a batch of a single image"),
-    ("--seed 18446744073709551616", "--seed: '18446744073709551616' is not a whole number from 0 to 9223372036854775807"),
+    ("--seed 18446744073709551616",
+     "--seed: '18446744073709551616' is not a whole number from 0 to 9223372036854775807"),
     ("--depth 20000", "--depth: '20000' is not a whole number from 1 to 12"),
     ("--width 100000000", "--width: '100000000'"),
     ("--lr nan", "--lr: 'nan'"),
