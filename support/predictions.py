@@ -79,17 +79,23 @@ def find_jobs(named: list[Path], out: Path, deepglobe: bool, probabilities: bool
 
 
 def images_in(folder: Path, deepglobe: bool) -> list[Path]:
-    """The images in a folder and its subfolders, without hidden files; of DeepGlobe's folder, without the masks."""
+    """The images in a folder and its subfolders, without hidden files and without the masks of a data set."""
     images = []
     left_out = []
+    masks = set()  # folders
     for path in sorted(folder.rglob("*")):
         below = path.relative_to(folder)
         if path.is_dir() or any(part.startswith(".") for part in below.parts):
             continue
-        if path.suffix.lower() in (*PICTURES, ".npy", *UNREADABLE):  # one that cannot be read is named in its turn
+        around = folder_of_masks(below)
+        if around and (folder / around).with_name("images").is_dir():
+            masks.add(folder / around)
+        elif path.suffix.lower() in (*PICTURES, ".npy", *UNREADABLE):  # one that cannot be read is named in its turn
             images.append(path)
         else:
             left_out.append(path)
+    for path in sorted(masks):
+        print(f"{path}: left out, as it lies beside images")
     if not images:
         raise DataError(f"{folder}: no image ({', '.join(PICTURES)}, .npy) in it or its subfolders; name another")
     if left_out:
@@ -98,6 +104,14 @@ def images_in(folder: Path, deepglobe: bool) -> list[Path]:
         without_masks = [path for path in images if path.stem.endswith(IMAGE_ENDING)]
         return without_masks or images
     return images
+
+
+def folder_of_masks(path: Path) -> Path | None:
+    """The folder named masks that a path leads through, if there is one."""
+    for parent in path.parents:
+        if parent.name == "masks":
+            return parent
+    return None
 
 
 def check_outside(out: Path, folder: Path):

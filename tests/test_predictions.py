@@ -102,6 +102,18 @@ def test_of_deepglobes_folder_the_masks_are_no_images_to_predict(tmp_path):
     assert places(tmp_path / "other", deepglobe=True) == ["a.png"]
 
 
+def test_masks_beside_images_are_left_out_unless_they_are_named(tmp_path, capsys):
+    for path in ("test/images/a.png", "test/masks/a.png", "val/images/north/b.png", "val/masks/north/b.png"):
+        save_black(tmp_path / path)
+    assert places(tmp_path) == ["test/images/a.png", "val/images/north/b.png"]
+    said = capsys.readouterr().out
+    for split in ("test", "val"):
+        assert said.count(f"{tmp_path / split / 'masks'}: left out, as it lies beside images\n") == 1
+    assert places(tmp_path / "test/masks") == ["a.png"]
+    save_black(tmp_path / "carnival/masks/mask.png")
+    assert places(tmp_path / "carnival") == ["masks/mask.png"]
+
+
 @pytest.mark.parametrize("name, other, written", [
     ("2020/tile.png", "2020/tile.jpg", "2020/tile.png"),
     ("2020/tile.png", "2020/tile.npy", "2020/tile-overlay.png"),
