@@ -3,7 +3,8 @@
 Every tile sends the last K channels of its coarse map. Stitched together they are a map of the
 whole image. It is small enough for one device: at depth 4 it has 1/256 of the image's pixels. A few
 convolutions spread what each tile knows over its neighbours. Then every tile gets its own part
-back, in place of what it sent.
+back, in place of what it sent. Its other channels it keeps for itself: the more are sent, the more
+travels, and the larger is this network.
 
 Letters: B images, K channels that are sent, H W image, D depth of the U-Net (number of poolings).
 Source: Verburg, Heinlein, Cyr, "DDU-Net" (arXiv 2407.21266).

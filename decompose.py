@@ -8,6 +8,9 @@
                                            v
         mask  <--stitch-- logits <--decode-- skips + coarse maps
 
+With the defaults of train.py, a batch of images is (16,1,64,64), each of its 2x2 tiles (16,1,32,32), a coarse map
+(16,64,4,4), what a tile sends (16,32,4,4), and the global coarse map (16,32,8,8).
+
 Letters, here and in every file: B images in a batch, C channels, H W image, h w tile, R x Q grid
 (rows x columns, tiles always row-major in a list), K communicated channels, D depth, L classes. A
 cell is one pixel of a coarse map, which is 2^D x 2^D pixels of the image.
@@ -120,8 +123,8 @@ class Tiling:
         pixels = self.overlap if overlap else 0
         tiles = []
         for top, bottom in self.spans(0, pixels):
-            # Rows first, then columns, to save memory: the gradient of a slice is as large as the
-            # tensor that was sliced.
+            # First a strip, then tiles of it, to save memory: in the backward pass each slice makes
+            # zeros as large as what it was cut from.
             strip = x[..., top:bottom, :]
             for left, right in self.spans(1, pixels):
                 tile = strip[..., left:right]
@@ -171,9 +174,9 @@ class DecomposedUNet(nn.Module):
     comm_net: (B,K,H/2^D,W/2^D) -> the same shape. Without one (None, K = 0) the tiles know nothing of each other.
     comm_channels: K, at most the channels of the coarse map.
 
-    None of the three may use activation checkpointing inside: it would run layers again in the
-    backward pass, when the weights that `SharedModule` puts into them are no longer there.
-    `recompute` does what it is for.
+    None of the three may call torch.utils.checkpoint: it would run layers again in the backward
+    pass, when the weights that `SharedModule` puts into them are no longer there. `recompute` does
+    what it is for.
     ValueError: a communication network without channels, or channels without a network.
     """
 
@@ -208,7 +211,7 @@ class DecomposedUNet(nn.Module):
             autocast is for one type.
         own: the numbers of the tiles that are computed here; None: all. The list that is returned
             has these tiles, in this order. The others are computed by other processes, which call
-            this at the same time. Each must have a tile.
+            this at the same time. Each process needs at least one tile.
         add_up(x): the sum of x over these processes. It must be differentiable: in the backward
             pass it adds up the gradient of x over the processes, too.
 
@@ -232,8 +235,17 @@ class DecomposedUNet(nn.Module):
         if self.comm_net is not None:
             communicate = SharedModule(self.comm_net, [comm_device], draw_seeds(1))
 
+        def fetch(i):
+            return prepare(to_device(tiles[i], placement[i]))
+
+        def exchange(sent):
+            return self.exchange(communicate, sent, tiling, placement, add_up)
+
+        def finish_tile(i, logits):
+            return finish(i, tiling.crop(i, logits))
+
         run = self.forward_with_recompute if recompute else self.forward_keeping_activations
-        outputs = run(encode, decode, communicate, tiles, tiling, placement, own, add_up, finish, prepare)
+        outputs = run(own, tiling, fetch, encode, exchange, decode, finish_tile)
 
         encode.update_buffers(len(tiling), add_up)
         decode.update_buffers(len(tiling), add_up)
@@ -241,22 +253,24 @@ class DecomposedUNet(nn.Module):
             communicate.update_buffers(1, unchanged)  # every process has run it on the same map
         return outputs
 
-    def forward_keeping_activations(self, encode, decode, communicate, tiles, tiling, placement, own, add_up, finish,
-                                    prepare) -> list:
-        """The forward pass as the picture at the top shows it. PyTorch keeps what the backward pass needs."""
+    def forward_keeping_activations(self, own: Sequence[int], tiling: Tiling, fetch: Callable, encode: Callable,
+                                    exchange: Callable, decode: Callable, finish: Callable) -> list:
+        """The forward pass as the picture at the top shows it. PyTorch keeps what the backward pass needs.
+
+        own: the numbers of the tiles. fetch(i): tile i on its device. The other functions are the arrows of the picture.
+        """
         skips, coarse_maps = {}, {}
         for i in own:
-            tile = prepare(to_device(tiles[i], placement[i]))
-            skips[i], coarse_maps[i] = encode(i, tile)
+            skips[i], coarse_maps[i] = encode(i, fetch(i))
 
         sent = {i: self.to_send(i, coarse_maps[i], tiling) for i in own}
-        received = self.exchange(communicate, sent, tiling, placement, add_up)
+        received = exchange(sent)
 
         outputs = []
         for i in own:
             coarse = self.replace(coarse_maps[i], received[i])
             logits = decode(i, skips[i], coarse)
-            outputs.append(finish(i, tiling.crop(i, logits)))
+            outputs.append(finish(i, logits))
         return outputs
 
     def to_send(self, i: int, coarse: Tensor, tiling: Tiling) -> Tensor | None:
@@ -264,7 +278,7 @@ class DecomposedUNet(nn.Module):
         if self.comm_net is None:
             return None
         channels = coarse[:, -self.comm_channels:]
-        return tiling.coarse.crop(i, channels).clone()  # a copy: a view would keep all channels in memory
+        return tiling.coarse.crop(i, channels).clone()  # a copy: with recompute, a view would keep all channels
 
     def exchange(self, communicate: "SharedModule", sent: dict[int, Tensor], tiling: Tiling, placement, add_up) -> dict:
         """What each tile sends (B,K,h/2^D,w/2^D) -> what it receives (with overlap), on its own device."""
@@ -281,34 +295,37 @@ class DecomposedUNet(nn.Module):
         if received is None:
             return coarse
         coarse = coarse.clone()
-        coarse[:, -self.comm_channels:] = received
+        coarse[:, -self.comm_channels:] = received  # the gradient of torch.cat would be a view that keeps all channels
         return coarse
 
-    # Below is the machinery: how to forget tiles, and how to run one module on many devices.
+    # This is the method. Below is the machinery: how to forget tiles, and how to run one module on
+    # many devices. On a first reading, go on with train.py.
 
-    def forward_with_recompute(self, encode, decode, communicate, tiles, tiling, placement, own, add_up, finish,
-                               prepare) -> list:
+    def forward_with_recompute(self, own: Sequence[int], tiling: Tiling, fetch: Callable, encode: Callable,
+                               exchange: Callable, decode: Callable, finish: Callable) -> list:
         """The same in two passes, each of which forgets a tile before it goes on to the next.
 
         The first pass encodes each tile and keeps only what the tile sends. The second pass encodes
         it again, decodes it, and keeps only what `finish` returns. The backward pass calls both
         functions again, one tile after the other. Until then, what each tile has received stays on
         its device, and so do the activations of the communication network.
+
+        So in all a tile is encoded four times and decoded twice.
         """
         def encode_to_send(i):
-            _, coarse = encode(i, prepare(to_device(tiles[i], placement[i])))
+            _, coarse = encode(i, fetch(i))
             return self.to_send(i, coarse, tiling)
 
         def encode_and_decode(i, received):
-            skips, coarse = encode(i, prepare(to_device(tiles[i], placement[i])))
+            skips, coarse = encode(i, fetch(i))
             logits = decode(i, skips, self.replace(coarse, received))
-            return finish(i, tiling.crop(i, logits))
+            return finish(i, logits)
 
         sent = dict.fromkeys(own)
-        if communicate is not None:
+        if self.comm_net is not None:
             for i in own:
                 sent[i] = forget(encode_to_send, i)
-        received = self.exchange(communicate, sent, tiling, placement, add_up)
+        received = exchange(sent)
         outputs = []
         for i in own:
             outputs.append(forget(encode_and_decode, i, received[i]))
@@ -333,8 +350,8 @@ def fill_with_zeros(sent: dict[int, Tensor], boxes: Sequence[Box]) -> list[Tenso
 
 
 def forget(function: Callable, *inputs):
-    """What function(*inputs) returns. All else that it computes is forgotten; the backward pass calls it again."""
-    return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
+    """Returns function(*inputs) and keeps no activations of it. The backward pass calls the function again."""
+    return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)  # SharedModule seeds dropout
 
 
 def draw_seeds(number: int) -> list[int]:
@@ -377,12 +394,13 @@ def to_device(tile: Tensor, device: torch.device) -> Tensor:
 class SharedModule:
     """A module with one set of weights that is run on many tiles, each on its own device.
 
-    Weights: they are copied to each device once per step, as part of the graph. In the backward
-    pass autograd carries the gradients back through these copies and adds them up in the one set of
-    weights. Nothing else has to be done.
+    Weights: weight.to(device) copies them to each device once per step, and autograd records the
+    copy. So in the backward pass it carries the gradients of all devices back and adds them up in
+    the one set of weights. Nothing else has to be done.
 
     Buffers (the running statistics of batch norm): every tile starts from the same old ones and
-    changes a copy of its own. `update_buffers` then takes the mean over all tiles. With momentum m
+    changes a copy of its own. `update_buffers` then takes the mean over all tiles: that of their
+    means, and that of their variances. With momentum m
     (0.1 in PyTorch) a tile makes (1 - m) * old + m * its own statistics, so the mean is
     (1 - m) * old + m * mean of the tiles' statistics. So neither the number of devices nor the order
     of the tiles changes the result, but for rounding.
@@ -403,7 +421,7 @@ class SharedModule:
             # A weight that two layers share is to be found under both its names.
             weights = module.named_parameters(remove_duplicate=False)
             buffers = module.named_buffers(remove_duplicate=False)
-            self.weights[device] = {name: weight.to(device) for name, weight in weights}
+            self.weights[device] = {name: weight.to(device) for name, weight in weights}  # in the graph of autograd
             self.rounded[device] = round_weights(self.weights[device], device)
             self.buffers[device] = {name: buffer.to(device) for name, buffer in buffers}
         self.changing = buffers_that_change(module)
@@ -415,9 +433,9 @@ class SharedModule:
         """What the module makes of the inputs of tile i, which lie on placement[i]."""
         weights = self.weights_for(i)
         buffers = self.buffers_for(i)
-        # functional_call puts these weights into the module and takes them out again. In the
-        # backward pass with recompute, autograd runs the tiles of each GPU in a thread of its own,
-        # and without the lock they would mix up their weights.
+        # functional_call runs the module with these weights and buffers in place of its own, which
+        # it puts back afterwards. In the backward pass with recompute, autograd runs the tiles of
+        # each GPU in a thread of its own, and without the lock they would mix up their weights.
         with self.lock, random_numbers_of(self.seeds[i], self.placement[i]):
             outputs = functional_call(self.module, (weights, buffers), inputs, tie_weights=False)
         self.count(i, buffers)
@@ -436,7 +454,7 @@ class SharedModule:
         buffers = dict(self.buffers[self.placement[i]])
         for names in self.changing:
             old = [buffers[name] for name in names]
-            copies = torch._foreach_mul(old, 1)  # all in one call, since each call takes a while to reach the GPU
+            copies = torch._foreach_mul(old, 1)  # copies all in one call, as each call takes a while to reach the GPU
             buffers.update(zip(names, copies))
         return buffers
 
@@ -489,7 +507,7 @@ def round_weights(weights: dict[str, Tensor], device: torch.device) -> dict[str,
 
 
 class RoundedWeight(torch.autograd.Function):
-    """A weight as one of many tiles uses it: rounded, but with a gradient of the weight's own precision.
+    """For bfloat16. Forwards: the rounded weight. Backwards: its gradient goes to the weight, in the weight's precision.
 
     Autocast itself has two ways to round a weight, and both are bad for many tiles. With its cache,
     the gradients of all tiles are added up in bfloat16, in which a small number that is added to a

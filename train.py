@@ -80,16 +80,16 @@ def batch_loss(model: nn.Module, images: Tensor, masks: Tensor, tiling: Tiling, 
     config: must hold "mean", "std", "amp" and "recompute", and may hold "range" and "loss_weights".
     """
     mask_tiles = tiling.split(masks, overlap=False, fill=IGNORE)
-    weights = config.get("loss_weights")
+    class_weights = config.get("loss_weights")
 
     def finish(i, logits):
         mask = to_device(mask_tiles[i], logits.device)
-        return loss_sums(logits, mask, weights)
+        return loss_sums(logits, mask, class_weights)
 
     total = 0
     for sums in run_tiles(model, images, tiling, devices, config, finish):
         total = total + sums.to(devices[0])
-    return loss_from_sums(processes.all_reduce_sum(total), weights)
+    return loss_from_sums(processes.all_reduce_sum(total), class_weights)
 
 
 # A training step
@@ -109,7 +109,7 @@ def train_step(model: nn.Module, images: Tensor, masks: Tensor, optimizer, sched
 
 def set_training_mode(model: nn.Module, frozen: bool):
     """Puts the network into training mode. frozen: batch norm alone is put into evaluation mode, in
-    which it uses its running statistics and does not change them.
+    which it uses its running statistics and does not change them. Its scale and shift go on learning.
 
     By default it is frozen in the second half of the steps. Until then every tile is normalised by
     its own statistics, and in evaluation by the running statistics. Where a step sees few images
@@ -134,7 +134,7 @@ def train_epoch(model: nn.Module, loader, optimizer, schedule, config: dict, dev
     That may be before this epoch, in it, or after it.
     """
     steps_done = schedule.last_epoch  # PyTorch's name for the number of steps that the schedule has made
-    frozen = steps_done > freeze_after  # in an earlier epoch
+    frozen = steps_done > freeze_after  # in an earlier epoch; where they are equal, the loop below does it
     set_training_mode(model, frozen)
     losses = []
     for images, masks in mask_out_fillers(loader):
@@ -171,7 +171,7 @@ def check_losses(losses: list[Tensor], steps_done: int, steps_per_epoch: int):
 def evaluate(model: nn.Module, loader, config: dict, devices: list) -> dict:
     """Loss and IoU of a split. They are taken over all its pixels at once, and not averaged over images."""
     model.eval()
-    classes, weights = len(config["classes"]), config.get("loss_weights")
+    classes, class_weights = len(config["classes"]), config.get("loss_weights")
     first = devices[0]
     sums = torch.zeros(number_of_sums(classes), dtype=torch.double, device=first)
     counts = torch.zeros(2, classes, classes, dtype=torch.long, device=first)
@@ -184,7 +184,7 @@ def evaluate(model: nn.Module, loader, config: dict, devices: list) -> dict:
             mask = to_device(mask_tiles[i], logits.device)
             near_seam = pixels_near_seam(tiling, i, logits.device)
             predicted = logits.argmax(dim=1)
-            return loss_sums(logits, mask, weights), confusion(predicted, mask, near_seam, classes)
+            return loss_sums(logits, mask, class_weights), confusion(predicted, mask, near_seam, classes)
 
         larger = math.prod(tiling.size) > math.prod(config["image_size"])
         recompute = config["recompute"] or larger  # an image larger than those of training may not fit without it
@@ -192,10 +192,10 @@ def evaluate(model: nn.Module, loader, config: dict, devices: list) -> dict:
         for tile_sums, tile_counts in run_tiles(model, images, tiling, devices, settings, measure):
             sums += tile_sums.to(first)
             counts += tile_counts.to(first)
-    # Only here do the processes wait for each other, so one may have fewer batches than another.
+    # Only here do groups of processes wait for each other, so one may have fewer batches than another.
     sums = processes.all_reduce_sum(sums)
     counts = processes.all_reduce_sum(counts)
-    return {"loss": loss_from_sums(sums, weights).item(), **scores(counts, config["classes"])}
+    return {"loss": loss_from_sums(sums, class_weights).item(), **scores(counts, config["classes"])}
 
 
 @torch.no_grad()
@@ -204,7 +204,7 @@ def compare_modes(model: nn.Module, loader, config: dict, devices: list,
     """The mean loss of 16 training images, or of a batch, in training mode and in evaluation mode, without dropout.
 
     The two should be alike, as a network is used in evaluation mode. frozen: whether batch norm was
-    frozen when these weights were saved.
+    frozen when these weights were saved; then they are the same.
     """
     model = copy.deepcopy(model)  # training mode changes the running statistics
     batches = math.ceil(16 / config["batch_size"])
@@ -238,10 +238,10 @@ def train(config: dict, devices: list, out: Path, state: dict | None = None) -> 
     # The network, the same in every process
     torch.manual_seed(config["seed"])
     model = build_from_config(config).to(devices[0])
-    parallel = processes.parallel(model)
+    parallel = processes.parallel(model)  # of several processes; of one, the model itself
     optimizer = torch.optim.Adam(model.parameters(), fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, config["lr"], total_steps=max(steps, steps_per_epoch), anneal_strategy="linear")  # it takes no 0
+    schedule = torch.optim.lr_scheduler.OneCycleLR(  # sets the learning rate; it cannot have 0 steps
+        optimizer, config["lr"], total_steps=max(steps, steps_per_epoch), anneal_strategy="linear")
     freeze_after = max(round(config["freeze_batch_norm"] * steps), 1)  # a step at least, so that there are statistics
 
     # The run, which keeps what training changes and writes it to its folder

@@ -23,8 +23,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-# Makes the layer that normalises so many channels: width, 2 * width, 4 * width, ... on the way
-# down. For group norm of 8 groups, take a width that 8 divides.
+# A function of a number of channels, which makes the layer that normalises them. For group norm of
+# 4 groups: def norm(channels): return nn.GroupNorm(4, channels), with a width that 4 divides.
 Norm = Callable[[int], nn.Module]
 
 
@@ -65,10 +65,10 @@ class Encoder(nn.Module):
         self.depth = depth
 
     def forward(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
-        height, width = x.shape[-2:]
+        rows, columns = x.shape[-2:]
         cell = 2**self.depth
-        if height % cell != 0 or width % cell != 0:
-            raise ValueError(f"image of {height}x{width} at depth {self.depth}: height and width must be multiples of "
+        if rows % cell != 0 or columns % cell != 0:
+            raise ValueError(f"image of {rows}x{columns} at depth {self.depth}: height and width must be multiples of "
                              f"{cell}; pad it, or use a smaller depth")
         skips = []
         for block in self.blocks[:-1]:
@@ -108,9 +108,8 @@ class UNet(nn.Module):
     width: channels of the finest level. Each level below has twice as many.
     depth: how often the image is halved. H and W must be multiples of 2^depth.
     dropout: the probability with which a channel is left out in training.
-    norm: makes the layer that normalises a number of channels; a class or a function. For group
-        norm, define a function that returns nn.GroupNorm(4, channels). The layer should add a bias,
-        as the convolutions before it add none.
+    norm: see Norm above; a class or a function. The layer that it makes should add a bias, as the
+        convolutions before it add none.
     """
 
     def __init__(self, in_channels: int, classes: int, width: int = 32, depth: int = 4, dropout: float = 0.1,

@@ -1,10 +1,11 @@
-"""The loss: one minus the mean Dice, plus the mean cross-entropy. Everything that says so stands in this file.
+"""The loss: one minus the mean Dice, plus the mean cross-entropy. No other file knows what the loss is.
 
-No device ever holds the whole mask. So each tile gives a few sums over its pixels (`loss_sums`),
+The Dice of a class is twice the intersection of what is predicted and what is true, divided by their
+cardinality, the sum of the two. It is 1 where both are the same. No device ever holds the whole mask. So each tile gives a few sums over its pixels (`loss_sums`),
 these sums are added up over tiles, images and processes, and the loss is made of the totals
 (`loss_from_sums`). It equals the loss of the stitched image. Where classes have weights, both
-functions need them, and both means are weighted. Another loss changes these functions and nothing
-else (and the tests that say what this one is). Letters as in decompose.py. This file imports
+functions need them, and both means are weighted. For another loss, change these functions, and the
+tests of their values. Letters as in decompose.py. This file imports
 nothing but torch.
 """
 
@@ -31,17 +32,18 @@ def loss_sums(logits: Tensor, mask: Tensor, weights: Sequence[float] | None = No
     """
     log_probability = logits.float().log_softmax(dim=1)
     mask = mask.unsqueeze(1)
-    counts = mask != IGNORE
-    one_hot = torch.zeros_like(log_probability)  # it stays zero where a pixel does not count
-    one_hot.scatter_(1, mask.long().where(counts, 0), counts.float())
-    probability = log_probability.exp() * counts
+    valid = mask != IGNORE
+    true_class = mask.long().where(valid, 0)
+    one_hot = torch.zeros_like(log_probability)
+    one_hot.scatter_(1, true_class, valid.float())  # writes 1 at the true class, but 0 where a pixel does not count
+    probability = log_probability.exp() * valid
 
     pixels = (0, 2, 3)
     intersection = (probability * one_hot).sum(pixels)
     cardinality = probability.sum(pixels) + one_hot.sum(pixels)
     if weights is None:
         cross_entropy = -(log_probability * one_hot).sum()
-        pixels_that_count = counts.sum().float()
+        pixels_that_count = valid.sum().float()
     else:
         weights = torch.tensor(weights).to(one_hot)
         cross_entropy = -(weights * (log_probability * one_hot).sum(pixels)).sum()

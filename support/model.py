@@ -21,8 +21,8 @@ def build_model(channels: int, classes: int, width: int = 8, depth: int = 3, com
     width: channels at full resolution; depth: how often the encoder halves the resolution;
     comm_channels: K, at most width * 2^depth, or 0 for tiles that know nothing of each other;
     dilations: of each convolution of the communication network; dropout: probability with which a
-    channel is left out; norm: a function of the number of channels, which makes the normalisation
-    of encoder and decoder, for group norm: def norm(channels): return nn.GroupNorm(4, channels).
+    channel is left out; norm: makes the normalisation of encoder and decoder (see Norm in unet.py);
+    the communication network keeps batch norm.
     """
     encoder = Encoder(channels, width, depth, dropout, norm)
     decoder = Decoder(classes, width, depth, dropout, norm)

@@ -261,7 +261,7 @@ class Run:
 def losses_line(trained: float, used: float, freeze_batch_norm: float) -> str:
     """A line that compares the loss of training images in training mode and in evaluation mode, and
     names the remedy if it is much higher in evaluation mode."""
-    line = f"loss of training images: {trained:.4f} as trained, {used:.4f} in evaluation mode"
+    line = f"loss of training images: {trained:.4f} in training mode, {used:.4f} in evaluation mode"
     if used > 1.2 * trained + 0.02:
         line += ("; they should be alike, but batch norm has not learned the statistics that it uses: take a smaller "
                  f"--freeze-batch-norm than {freeze_batch_norm:g}, more --epochs, or a larger --batch-size")

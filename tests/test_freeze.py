@@ -217,7 +217,7 @@ def test_with_one_image_a_step_the_network_knows_its_training_images_only_if_bat
     else:
         assert accuracy < 0.8
     loss = metrics["loss_of_training_images"]
-    line = f"{loss['training_mode']:.4f} as trained, {loss['evaluation_mode']:.4f} in evaluation mode"
+    line = f"{loss['training_mode']:.4f} in training mode, {loss['evaluation_mode']:.4f} in evaluation mode"
     assert line in said
     is_warned = f"{line}; they should be alike" in said
     assert is_warned != knows

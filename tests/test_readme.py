@@ -12,8 +12,10 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT
-from test_image_folder import make_deepglobe, make_folder, save
+from PIL import Image
+from test_image_folder import make_deepglobe, make_folder, random_image, save
 
 import predict
 import train
@@ -86,7 +88,7 @@ def place(tmp_path_factory):
     place = tmp_path_factory.mktemp("place")
     make_folder(place / "DIR", 12, size=(64, 64))
     make_deepglobe(place / "DIR", [str(i) for i in range(12)])
-    save(place / "IMAGE.png", np.zeros((64, 64, 3), np.uint8))
+    save(place / "IMAGE.png", random_image((64, 64)))
     save(place / "IMAGE.tif", np.zeros((64, 64, 3), np.uint8))
     save(place / "IMAGE.npy", np.zeros((64, 64, 3), np.uint8))
     save(place / "SCANS/IMAGE.png", np.zeros((64, 64, 3), np.uint8))
@@ -164,9 +166,15 @@ def test_ci_runs_the_test_command_of_the_readme():
 # Examples
 
 @pytest.mark.parametrize("number", range(len(EXAMPLES)))
-def test_every_example_runs(number, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    exec(EXAMPLES[number], {})
+def test_every_example_runs(number, place, monkeypatch):
+    monkeypatch.chdir(place)
+    names = {}
+    exec(EXAMPLES[number], names)
+    if "load_model" in names:
+        image = torch.from_numpy(np.array(Image.open("IMAGE.png"))).permute(2, 0, 1)
+        classes = names["predict"](names["model"], names["config"], image)
+        predict.main(["runs/NAME/best.pt", "IMAGE.png"])
+        assert np.array_equal(classes, np.array(Image.open("predictions/IMAGE.png")))
 
 
 def run_alone(code: str, folder):
@@ -190,7 +198,7 @@ def test_each_file_that_stands_alone_works_in_an_empty_folder(tmp_path):
 
 
 def test_the_example_of_decompose_needs_no_other_file(tmp_path):
-    (example,) = [code for code in EXAMPLES if "class Encoder" in code]
+    (example,) = [code for code in EXAMPLES if "class Down" in code]
     (tmp_path / "decompose.py").write_text((ROOT / "decompose.py").read_text())
     run_alone(example, tmp_path)
 
