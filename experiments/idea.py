@@ -82,9 +82,9 @@ def draw_idea(path: Path, model, config: dict, image: torch.Tensor, tiling: Tili
     received_in_tiles = move_apart(received, tiling.coarse, 1)
     maps = [  # title, picture, colour map, the step that follows
         ("image in tiles,\none per GPU", image_in_tiles, "gray", "encode"),
-        ("coarse map of each tile\n(1 of its K channels)", sent_in_tiles, "viridis", "gather"),
+        ("coarse map of each tile\n(1 of its K channels)", sent_in_tiles, "viridis", "stitch"),
         ("stitched: the global\ncoarse map", sent, "viridis", "communicate"),
-        ("after the\ncommunication network", received, "magma", "scatter"),
+        ("after the\ncommunication network", received, "magma", "give back"),
         ("each tile gets its part\nback, and decodes it", received_in_tiles, "magma", "decode"),
     ]
     figure, panels = plt.subplots(1, 6, figsize=(13, 2.8), layout="constrained")

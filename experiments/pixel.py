@@ -33,8 +33,9 @@ QUICK = "--image-size 32x256 --train-images 8 --epochs 1".split()
 NETWORKS = {  # name: (title, options of train.py)
     "alone": ("tiles without communication", "--grid 1x8 --comm-channels 0".split()),
     "plain": ("plain U-Net on the whole image", "--grid 1x1 --comm-channels 0".split()),
-    "paper": ("the paper's communication: reaches 48 pixels", "--grid 1x8".split()),
-    "dilated": ("dilations 1 2 4 8: reach 240 pixels", "--grid 1x8 --comm-channels 27 --dilations 1 2 4 8".split()),
+    "paper": ("the paper's communication: reaches 48 pixels beyond the tile", "--grid 1x8".split()),
+    "dilated": ("dilations 1 2 4 8: reach 240 pixels beyond the tile",
+                "--grid 1x8 --comm-channels 27 --dilations 1 2 4 8".split()),
 }
 BACKGROUND, LINE = 0, 1  # class indices
 IMAGE = 29  # of the test images: each disc is 3 tiles from the middle of the line

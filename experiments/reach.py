@@ -43,26 +43,21 @@ MODELS = {  # options of train.py
     "dilations 1 2 4, K 32": "--comm-channels 32 --dilations 1 2 4",
     "dilations 1 2 4, K 16": "--comm-channels 16 --dilations 1 2 4",
     "dilations 1 2 4 8, K 27": "--comm-channels 27 --dilations 1 2 4 8",
-    "the same, added": "--comm-channels 27 --dilations 1 2 4 8",
+    "dilations 1 2 4 8, K 27, added": "--comm-channels 27 --dilations 1 2 4 8",
     "dilations 1 2 4 8 16, K 24": "--comm-channels 24 --dilations 1 2 4 8 16",
     "plain U-Net": "--grid 1x1 --comm-channels 0 --width 8 --depth 3",
-    "plain U-Net, wider": "--grid 1x1 --comm-channels 0 --width 10 --depth 3",
+    "plain U-Net, width 10": "--grid 1x1 --comm-channels 0 --width 10 --depth 3",
     "plain U-Net, depth 4": "--grid 1x1 --comm-channels 0 --width 8 --depth 4",
     "plain U-Net, depth 5": "--grid 1x1 --comm-channels 0 --width 8 --depth 5",
 }
-COMM_NETS = {"the same, added": Added}  # where it is another than that of comm_net.py
-COLORS = {  # the same in every panel and every picture
+COMM_NETS = {"dilations 1 2 4 8, K 27, added": Added}  # where it is another than that of comm_net.py
+COLORS = {  # the models that are drawn, each in the same colour in every panel and every picture
     "3 convolutions, K 32 (the paper's)": "tab:blue",
-    "6 convolutions, K 22": "tab:orange",
     "dilations 1 2 4, K 32": "tab:green",
-    "dilations 1 2 4, K 16": "tab:red",
     "dilations 1 2 4 8, K 27": "tab:purple",
-    "the same, added": "tab:brown",
     "dilations 1 2 4 8 16, K 24": "black",
-    "plain U-Net": "tab:pink",
-    "plain U-Net, wider": "tab:gray",
-    "plain U-Net, depth 4": "tab:olive",
-    "plain U-Net, depth 5": "tab:cyan",
+    "plain U-Net": "tab:orange",
+    "plain U-Net, depth 5": "tab:red",
 }
 GRIDS = {  # tiles of the image: the models
     "1x8": [
@@ -71,9 +66,9 @@ GRIDS = {  # tiles of the image: the models
         "dilations 1 2 4, K 32",
         "dilations 1 2 4, K 16",
         "dilations 1 2 4 8, K 27",
-        "the same, added",
+        "dilations 1 2 4 8, K 27, added",
         "plain U-Net",
-        "plain U-Net, wider",
+        "plain U-Net, width 10",
         "plain U-Net, depth 4",
         "plain U-Net, depth 5",
     ],
@@ -163,14 +158,16 @@ def draw(path: Path, rows: list[dict]):
 
 
 def draw_panel(axes, names: list[str], rows: list[dict]):
-    """A line for each model, dashed for plain U-Nets, and its reach as a dotted line."""
+    """A line for each model that has a colour, dashed for plain U-Nets, and its reach as a dotted line."""
     for name in names:
+        if name not in COLORS:
+            continue
         mine = [row for row in where(rows, model=name) if row["distance"] > 0]
         style = "--" if name.startswith("plain") else "-"
         plot_spread(axes, mine, "distance", "line_iou", marker="o", color=COLORS[name], label=name, linestyle=style)
         if mine and mine[0]["reach"] > 0:
             axes.axvline(mine[0]["reach"] * CELL / TILE, color=COLORS[name], linestyle=":")
-    axes.set(xlabel="distance of the discs, in tiles (dotted: how far the network hears)", ylim=(0, 1))
+    axes.set(xlabel="distance of the discs, in tiles (dotted: how far the communication reaches)", ylim=(0, 1))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.13))  # below, where no line is
