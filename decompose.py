@@ -200,8 +200,9 @@ class DecomposedUNet(nn.Module):
         finish(i, logits): is called with the logits (B,L,h,w) of tile i, without overlap, on its
             device. What it returns (these logits, or the tile's share of a loss) is all that comes
             back.
-        prepare(tile): is called with each tile on its device, before it is encoded; with recompute
-            several times, so it must draw no random numbers, and neither must finish.
+        prepare(tile): is called with each tile on its device, before it is encoded, and must not
+            change it in place. With recompute it is called several times, so it must draw no random
+            numbers, and neither must finish.
         recompute: trade time for memory. Without it, the activations of all tiles are kept until
             the backward pass. With it, each tile is forgotten and computed again when it is needed,
             so a device holds the activations of one tile at a time, and one device also those of
@@ -257,7 +258,7 @@ class DecomposedUNet(nn.Module):
                                     exchange: Callable, decode: Callable, finish: Callable) -> list:
         """The forward pass as the picture at the top shows it. PyTorch keeps what the backward pass needs.
 
-        own: the numbers of the tiles. fetch(i): tile i on its device. The other functions are the arrows of the picture.
+        own: the numbers of the tiles. fetch(i): tile i on its device. The others are the arrows of the picture.
         """
         skips, coarse_maps = {}, {}
         for i in own:
@@ -417,15 +418,15 @@ class SharedModule:
         self.weights = {}
         self.rounded = {}
         self.buffers = {}
+        weights, buffers = weights_and_buffers(module)
+        self.changing = buffers_that_change(module, buffers)
         for device in dict.fromkeys(placement):  # each device once, in order
-            # A weight that two layers share is to be found under both its names.
-            weights = module.named_parameters(remove_duplicate=False)
-            buffers = module.named_buffers(remove_duplicate=False)
-            self.weights[device] = {name: weight.to(device) for name, weight in weights}  # in the graph of autograd
-            self.rounded[device] = round_weights(self.weights[device], device)
-            self.buffers[device] = {name: buffer.to(device) for name, buffer in buffers}
-        self.changing = buffers_that_change(module)
-        self.sums = {}  # for each device: the new buffers of its tiles, added up
+            self.weights[device] = {name: weight.to(device) for name, weight in weights.items()}  # in autograd's graph
+            self.rounded[device] = round_weights(module, self.weights[device], device)
+            self.buffers[device] = {name: buffer.to(device) for name, buffer in buffers.items()}
+            # What is computed again begins with the old buffers, but the module has the new ones by then.
+            self.buffers[device].update(self.copy_changing(self.buffers[device]))
+        self.sums = {}  # for each device: the new buffers of its tiles, one after the other, added up
         self.counted = set()  # the tiles that are in these sums
         self.lock = threading.Lock()
 
@@ -451,24 +452,31 @@ class SharedModule:
 
     def buffers_for(self, i: int) -> dict[str, Tensor]:
         """The old buffers on the device of tile i, copied if they will change."""
-        buffers = dict(self.buffers[self.placement[i]])
-        for names in self.changing:
-            old = [buffers[name] for name in names]
-            copies = torch._foreach_mul(old, 1)  # copies all in one call, as each call takes a while to reach the GPU
-            buffers.update(zip(names, copies))
-        return buffers
+        buffers = self.buffers[self.placement[i]]
+        return buffers | self.copy_changing(buffers)
 
+    def copy_changing(self, buffers: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Copies of those buffers that will change, under all their names."""
+        copies = {}
+        for group in self.changing:
+            old = [buffers[names[0]] for names in group]
+            new = torch._foreach_mul(old, 1)  # copies all in one call, as each call takes a while to reach the GPU
+            for names, copy in zip(group, new):
+                copies.update(dict.fromkeys(names, copy))
+        return copies
+
+    @torch.no_grad()
     def count(self, i: int, buffers: dict[str, Tensor]):
         """Adds the new buffers of tile i to the sums, once: with recompute, a tile is run several times."""
-        if i in self.counted:
+        if i in self.counted or not self.changing:
             return
         self.counted.add(i)
-        sums = self.sums.setdefault(self.placement[i], {})
-        for names in self.changing:
-            total = [buffers[name] for name in names]
-            if names[0] in sums:
-                total = torch._foreach_add(total, [sums[name] for name in names])
-            sums.update(zip(names, total))
+        values = []
+        for group in self.changing:
+            of_one_type = torch.cat([buffers[names[0]].flatten() for names in group])
+            values.append(of_one_type.double())
+        device = self.placement[i]
+        self.sums[device] = self.sums.get(device, 0) + torch.cat(values)
 
     @torch.no_grad()
     def update_buffers(self, tiles: int, add_up: Callable):
@@ -476,38 +484,39 @@ class SharedModule:
 
         tiles: how many there are, in all processes together; add_up: the sum over these processes.
         It is called once, for all buffers in one tensor. That is of float64, which holds the values
-        of all other types exactly.
+        of all other types exactly, but for integers beyond 2^53.
         """
         if not self.changing:
             return
         buffers = []
-        totals = []
-        for names in self.changing:
-            for name in names:
-                buffer = self.module.get_buffer(name)
-                total = 0
-                for sums in self.sums.values():  # of each device
-                    total = total + sums[name].to(buffer.device)
-                buffers.append(buffer)
-                totals.append(total.flatten().double())
-        means = add_up(torch.cat(totals)) / tiles
+        for group in self.changing:
+            buffers += [self.module.get_buffer(names[0]) for names in group]
+        total = 0
+        for sums in self.sums.values():  # of each device
+            total = total + sums.to(buffers[0].device)
+        means = add_up(total) / tiles
         sizes = [buffer.numel() for buffer in buffers]
         for buffer, mean in zip(buffers, means.split(sizes)):
             buffer.copy_(mean.view_as(buffer))
 
 
-def round_weights(weights: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    """Under autocast, the matrices among the weights, rounded to what it computes in (bfloat16). Otherwise nothing."""
+# The layers whose weights autocast rounds to bfloat16.
+ROUNDED = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Linear)
+
+
+def round_weights(module: nn.Module, weights: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """Under autocast, the weights of convolutions and linear layers, rounded to bfloat16. Otherwise nothing."""
     rounded = {}
     if torch.is_autocast_enabled(device.type):
-        for name, weight in weights.items():
-            if weight.dtype == torch.float32 and weight.ndim > 1:
-                rounded[name] = weight.detach().to(torch.get_autocast_dtype(device.type))
+        for prefix, layer in module.named_modules():
+            weight = weights.get(full_name(prefix, "weight"))  # None if it is parametrised
+            if isinstance(layer, ROUNDED) and weight is not None and weight.dtype == torch.float32:
+                rounded[full_name(prefix, "weight")] = weight.detach().to(torch.get_autocast_dtype(device.type))
     return rounded
 
 
 class RoundedWeight(torch.autograd.Function):
-    """For bfloat16. Forwards: the rounded weight. Backwards: its gradient goes to the weight, in the weight's precision.
+    """For bfloat16. Forwards: the rounded weight. Backwards: its gradient, in the precision of the weight itself.
 
     Autocast itself has two ways to round a weight, and both are bad for many tiles. With its cache,
     the gradients of all tiles are added up in bfloat16, in which a small number that is added to a
@@ -524,13 +533,35 @@ class RoundedWeight(torch.autograd.Function):
         return gradient.to(ctx.dtype), None
 
 
-def buffers_that_change(module: nn.Module) -> list[list[str]]:
-    """The names of the buffers that a forward pass changes: those of the submodules in training
-    mode. Batch norm that is frozen, which means in evaluation mode, only reads its running
-    statistics. Buffers of one type are together."""
+def weights_and_buffers(module: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """By their names. What two layers share is there for each of them. A layer that is found in two
+    places is there once, as functional_call would not find back to its own weights."""
+    weights, buffers = {}, {}
+    for prefix, layer in module.named_modules():
+        for name, weight in layer.named_parameters(recurse=False, remove_duplicate=False):
+            weights[full_name(prefix, name)] = weight
+        for name, buffer in layer.named_buffers(recurse=False, remove_duplicate=False):
+            buffers[full_name(prefix, name)] = buffer
+    return weights, buffers
+
+
+def full_name(prefix: str, name: str) -> str:
+    return f"{prefix}.{name}" if prefix else name
+
+
+def buffers_that_change(module: nn.Module, buffers: dict[str, Tensor]) -> list[list[list[str]]]:
+    """The buffers that a forward pass changes: those of the submodules in training mode. Batch norm
+    that is frozen, which means in evaluation mode, only reads its running statistics.
+
+    buffers: all buffers by their names. Returns groups of one type, and in them the names of each
+    buffer, of which it may have several. Truth values, which have no mean, are taken not to change.
+    """
     names = {}
-    for prefix, part in module.named_modules():
-        for name, buffer in part.named_buffers(recurse=False):
-            if part.training:
-                names.setdefault(buffer.dtype, []).append(f"{prefix}.{name}" if prefix else name)
-    return list(names.values())
+    for name, buffer in buffers.items():
+        names.setdefault(buffer, []).append(name)
+    groups = {}
+    for layer in module.modules():
+        for buffer in layer.buffers(recurse=False):
+            if layer.training and buffer.dtype != torch.bool:
+                groups.setdefault(buffer.dtype, {})[buffer] = names[buffer]
+    return [list(group.values()) for group in groups.values()]

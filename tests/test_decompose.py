@@ -3,7 +3,9 @@ import itertools
 
 import pytest
 import torch
+from conftest import assert_all_close, gradients_of
 from torch import nn
+from torch.nn.utils.parametrizations import orthogonal, spectral_norm
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from comm_net import CommNet
@@ -417,6 +419,123 @@ def test_tiles_and_devices_must_fit_the_tiling(devices):
     model = DecomposedUNet(nn.Identity(), nn.Identity())
     with pytest.raises(ValueError, match=f"6 tiles and {devices} devices"):
         model(tiles, tiling, [CPU] * devices)
+
+
+# Encoders of other kinds
+
+class Flat(nn.Sequential):
+    """An encoder of some layers, without skips."""
+
+    def forward(self, tile):
+        return [], super().forward(tile)
+
+
+class CoarseMap(nn.Module):
+    """A decoder that gives back what it gets."""
+
+    def forward(self, skips, coarse):
+        return coarse
+
+
+def norms_under_two_names(second_name: bool):
+    encoder = Flat(nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4))
+    if second_name:
+        encoder[0].norm = encoder[1]
+    return encoder
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_layer_that_is_found_under_two_names_is_a_layer(recompute):
+    tiling = Tiling((8, 12), (2, 3), 1)
+    image = torch.randn(2, 1, 8, 12)
+    models = []
+    for second_name in (False, True):
+        torch.manual_seed(0)
+        model = DecomposedUNet(norms_under_two_names(second_name), CoarseMap())
+        weights = list(model.parameters())
+        for _ in range(2):
+            tiling.stitch(model(tiling.split(image), tiling, [CPU] * 6, recompute=recompute)).sum().backward()
+        assert list(map(id, model.parameters())) == list(map(id, weights))
+        models.append(model)
+    once, twice = models
+    assert twice.encoder[1].num_batches_tracked == 2
+    assert_all_close(gradients_of(twice), gradients_of(once), tolerance=0)
+    assert_all_close(twice.buffers(), once.buffers(), tolerance=0)
+
+
+class Table(nn.Module):
+    """Has buffers that no pass changes."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("left_out", torch.tensor([False, True]))
+        self.register_buffer("bytes", torch.tensor([100, 255], dtype=torch.uint8))
+        self.register_buffer("numbers", torch.tensor([2**52 + 1, -3]))
+        self.register_buffer("fractions", torch.tensor([0.1, 1e30]))
+
+    def forward(self, x):
+        x = x.clone()
+        x[:, self.left_out] = 0
+        return x
+
+
+def test_buffers_that_no_pass_changes_are_what_they_were():
+    model = DecomposedUNet(Flat(Table()), CoarseMap())
+    before = copy.deepcopy(model.state_dict())
+    tiling = Tiling((32, 32), (32, 32), 1)
+    out = run(model, torch.ones(1, 2, 32, 32), tiling)
+    assert torch.equal(out[0, :, 0, 0], torch.tensor([1.0, 0.0]))
+    for name, value in model.state_dict().items():
+        assert value.dtype == before[name].dtype
+        assert torch.equal(value, before[name])
+
+
+def test_statistics_in_bfloat16_are_the_mean_of_many_tiles_too():
+    model = DecomposedUNet(Flat(nn.BatchNorm2d(1)), CoarseMap()).bfloat16()
+    tiling = Tiling((64, 64), (32, 32), 1)
+    run(model, torch.full((1, 1, 64, 64), 300.0, dtype=torch.bfloat16), tiling)
+    assert model.encoder[0].running_mean == 30  # a tenth of the way there
+
+
+class Scale(nn.Module):
+    """A weight of three dimensions that is no matrix."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.randn(4, 1, 1))
+
+    def forward(self, x):
+        return x * self.scale
+
+
+@pytest.mark.parametrize("layer", [
+    lambda: nn.Conv2d(1, 4, 3, padding=1),
+    lambda: orthogonal(nn.Conv2d(1, 4, 3, padding=1)),
+    lambda: nn.LayerNorm((1, 8, 8)),
+    Scale,
+])
+def test_under_autocast_an_encoder_computes_what_it_does_alone(layer):
+    encoder = Flat(layer())
+    model = DecomposedUNet(encoder, CoarseMap()).eval()
+    tiling = Tiling((8, 8), (1, 1), 1)
+    image = torch.randn(1, 1, 8, 8)
+    with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+        _, expected = encoder(image)
+        assert torch.equal(run(model, image, tiling), expected)
+
+
+def test_with_recompute_a_tile_is_computed_again_with_the_buffers_of_before():
+    """The output of spectral norm depends on buffers that every pass changes."""
+    tiling = Tiling((8, 8), (2, 2), 1)
+    image = torch.randn(2, 1, 8, 8)
+    gradients = []
+    for recompute in (False, True):
+        torch.manual_seed(0)
+        encoder = Flat(spectral_norm(nn.Conv2d(1, 4, 3, padding=1)))
+        model = DecomposedUNet(encoder, CoarseMap())
+        tiling.stitch(model(tiling.split(image), tiling, [CPU] * 4, recompute=recompute)).square().sum().backward()
+        gradients.append(gradients_of(model))
+    assert_all_close(gradients[1], gradients[0], tolerance=0)
 
 
 # A second device

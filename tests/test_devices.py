@@ -216,13 +216,16 @@ def test_nothing_of_image_size_crosses_between_devices():
     there = Counter(shapes_from("cpu", device.moved))
     back = Counter(shapes_from("pretend:0", device.moved))
 
-    state = shapes_of(model.encoder.state_dict().values())  # weights there, gradients back; statistics both ways
-    state += shapes_of(model.decoder.state_dict().values())
+    weights, statistics, vectors = Counter(), Counter(), Counter()
+    for half in (model.encoder, model.decoder):
+        weights += shapes_of(half.parameters())
+        statistics += shapes_of(half.buffers())
+        vectors[sum(buffer.numel() for buffer in half.buffers()),] += 1  # all statistics one after the other
     coarse_map = (BATCH, K, 64 // CELL, 32 // CELL)
     exchanged = Counter({coarse_map: 2, SUMS: 1})  # each way the map, and the gradient of the map that came
     tile = Counter([(BATCH, 1, 64, 32), (BATCH, 64, 32)])  # image and mask
-    assert there == state + exchanged + tile
-    assert back == state + exchanged
+    assert there == weights + statistics + exchanged + tile
+    assert back == weights + vectors + exchanged  # gradients of the weights, new statistics
 
 
 def test_no_copy_between_devices_stands_between_their_tiles():
