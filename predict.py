@@ -25,7 +25,7 @@ import torch
 from decompose import DecomposedUNet, Tiling
 from support import folders, processes
 from support.checkpoints import write_json
-from support.command import one_line_errors
+from support.command import close_output, one_line_errors
 from support.image_files import DataError, read_image
 from support.model import load_model
 from support.options import Parser, explain, number, pair, show_progress
@@ -77,12 +77,13 @@ def predict(model: DecomposedUNet, config: dict, image: np.ndarray, job: Job, ti
     size = image.shape[:2]
     images = torch.from_numpy(image).permute(2, 0, 1)[None]
     is_array = job.written["mask"].suffix == ".npy"
-    pixels = size[0] * size[1]
+    bytes_of_a_pixel = 0  # in arrays
+    if is_array:
+        bytes_of_a_pixel += 1
+    if "probabilities" in job.written:
+        bytes_of_a_pixel += 2 * len(config["classes"])
     with all_or_none(job.written) as unfinished:
-        bytes_of_a_pixel = 1  # of the mask
-        if "probabilities" in unfinished:
-            bytes_of_a_pixel += 2 * len(config["classes"])
-        check_space(unfinished["mask"].parent, bytes_of_a_pixel * pixels)
+        check_space(job.image, job.written["mask"].parent, bytes_of_a_pixel * size[0] * size[1])
         if is_array:
             mask = create_array(unfinished["mask"], np.uint8, size)
         else:
@@ -150,6 +151,9 @@ def main(arguments: list[str] | None = None):
             if asked.masks:
                 find_truths(jobs, asked.masks, config["dataset"] == "deepglobe")
         predict_all(model, config, jobs, asked, out, parser)
+    except BrokenPipeError:
+        close_output()
+        parser.error("nobody reads what this prints any more, so it stops")
     finally:
         if asked.out is None:
             folders.remove_if_empty(out)
@@ -162,25 +166,29 @@ def predict_all(model: DecomposedUNet, config: dict, jobs: list[Job], asked: arg
     model.to(devices[0])
     counts = {}
     failed = 0
-    for position, job in enumerate(jobs, start=1):
-        progress = f"image {position} of {len(jobs)}, "
-        reason = None
-        try:
-            counts[job.relative.as_posix()] = predict_and_score(model, config, job, asked, devices, progress)
-        except DataError as error:
-            reason = str(error)
-        except OSError as error:
-            reason = explain(error, out)
-        except (RuntimeError, MemoryError) as error:
-            if not processes.is_out_of_memory(error):
+    try:
+        for position, job in enumerate(jobs, start=1):
+            progress = f"image {position} of {len(jobs)}, "
+            reason = None
+            try:
+                counts[job.relative.as_posix()] = predict_and_score(model, config, job, asked, devices, progress)
+            except DataError as error:
+                reason = str(error)
+            except BrokenPipeError:
                 raise
-            reason = f"{job.image}: out of memory; take a --grid of more tiles"
-        if reason is not None:
-            failed += 1
-            show_progress("")
-            print(f"{parser.prog}: error: {reason}", file=sys.stderr)
-    if asked.masks and counts:
-        write_scores(counts, config, out)
+            except OSError as error:
+                reason = f"{job.image}: {explain(error, out)}"
+            except (RuntimeError, MemoryError) as error:
+                if not processes.is_out_of_memory(error):
+                    raise
+                reason = f"{job.image}: out of memory; take a --grid of more tiles"
+            if reason is not None:
+                failed += 1
+                show_progress("")
+                print(f"{parser.prog}: error: {reason}", file=sys.stderr)
+    finally:  # also after Ctrl-C
+        if asked.masks and counts:
+            write_scores(counts, len(jobs), config, out)
     if failed < len(jobs):
         print(f"See {out}")
     if failed:
@@ -215,12 +223,17 @@ def predict_and_score(model: DecomposedUNet, config: dict, job: Job, asked: argp
     return counts
 
 
-def write_scores(counts: dict[str, torch.Tensor], config: dict, out: Path):
-    """metrics.json: the scores of each image, and of the pixels of all. Prints what these do not show."""
+def write_scores(counts: dict[str, torch.Tensor], images: int, config: dict, out: Path):
+    """metrics.json: the scores of each image, and of the pixels of all. Prints what these do not show.
+
+    images: how many were to be predicted.
+    """
     classes = config["classes"]
     scored = {name: scores(count, classes) for name, count in counts.items()}
     scored["all"] = scores(sum(counts.values()), classes)
     write_json(out / "metrics.json", scored)
+    if len(counts) < images:
+        print(f"{out / 'metrics.json'} holds the scores of {len(counts)} of {images} images")
     for line in remarks(scored["all"], config):
         print(line)
 

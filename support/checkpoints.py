@@ -70,9 +70,9 @@ def load(path: Path, needs: tuple[str, ...] = ("config", "model")) -> dict:
         raise CheckpointError(f"{path}: no such file; name a checkpoint that train.py wrote, runs/NAME/best.pt")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
     except Exception as error:  # a damaged file fails in as many ways as there are places in it
+        if isinstance(error, OSError) and error.filename is not None:  # it may not be read
+            raise
         reason = "it is damaged, or no checkpoint"
         if "GLOBAL" in str(error):  # as PyTorch calls what is not data
             reason = "it holds code, which is not run"

@@ -1,7 +1,9 @@
 """How train.py begins, and how it ends when something goes wrong: with one line and exit status 2, no traceback."""
 
 import argparse
+import os
 import shlex
+import sys
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -44,7 +46,19 @@ def begin_run(asked: dict) -> tuple[dict, Path, None]:
 
 def resume_run(asked: dict, parser) -> tuple[dict, Path, dict]:
     """A run that goes on, with what `prepare_run` returns. asked: the options that were given with --resume."""
-    config, out, state = open_run(Path(asked["resume"]))
+    out = folder_of_run(Path(asked["resume"]))
+    if not folders.hold(out):
+        raise DataError(f"{out}: another program is training this run; wait until it ends, or stop it")
+    try:
+        return check_resumed(asked, out, parser)
+    except BaseException:
+        folders.give_back(out)
+        raise
+
+
+def check_resumed(asked: dict, out: Path, parser) -> tuple[dict, Path, dict]:
+    """What `resume_run` returns. DataError, CheckpointError: the run cannot go on."""
+    config, _, state = open_run(out)
     if "changes" in asked:
         change_options(config, asked["changes"], parser)
     else:
@@ -76,7 +90,7 @@ def claim_folder(asked: dict) -> Path:
         name = f"runs/{asked['dataset']}-{rows}x{columns}-k{asked['comm_channels']}-seed{asked['seed']}"
         folders.check_folder(Path(name))
         out = folders.new_folder(name)
-    folders.claim(out, again=processes.CAN_RESTART)
+    folders.claim(out)
     return out
 
 
@@ -85,11 +99,8 @@ def open_run(out: Path) -> tuple[dict, Path, dict]:
 
     out: the folder, or a file in it. CheckpointError: there is no last.pt, or it cannot be used.
     """
-    if out.is_file():
-        out = out.parent
+    out = folder_of_run(out)
     path = out / "last.pt"
-    if not path.is_file():
-        raise CheckpointError(f"{out}: this folder holds no last.pt; name the folder of a run, runs/NAME")
     state = checkpoints.load(path, STATE)
     _, config = load_model(path)  # which also finds out whether the weights fit
     config.setdefault("freeze_batch_norm", 1.0)  # a run that was begun before there was this option
@@ -98,6 +109,15 @@ def open_run(out: Path) -> tuple[dict, Path, dict]:
     config.setdefault("init", None)
     config.setdefault("image_processes", 1)
     return config, out, state
+
+
+def folder_of_run(out: Path) -> Path:
+    """The folder of a run. out: the folder, or a file in it. CheckpointError: there is no last.pt."""
+    if out.is_file():
+        out = out.parent
+    if not (out / "last.pt").is_file():
+        raise CheckpointError(f"{out}: this folder holds no last.pt; name the folder of a run, runs/NAME")
+    return out
 
 
 def change_options(config: dict, changes: dict, parser):
@@ -169,16 +189,16 @@ def one_line_errors(parser: argparse.ArgumentParser, config: dict | None = None,
                      "saved before")
     except (DataError, CheckpointError) as error:
         parser.error(str(error))
+    except BrokenPipeError:
+        close_output()
+        parser.error("nobody reads what this prints any more, so it stops" + how_to_go_on(out))
     except OSError as error:
         parser.error(explain(error, out or Path()))
     except (RuntimeError, MemoryError) as error:
         if is_death_of_a_worker(error):
             parser.error(WORKER_DIED)
         if processes.is_lost(error):
-            line = f"process {processes.rank()}: another one has ended, so this one stops"
-            if out is not None:
-                line += f"; go on with --resume {shlex.quote(str(out))}"
-            parser.error(line)
+            parser.error(f"process {processes.rank()}: another one has ended, so this one stops" + how_to_go_on(out))
         if config is None or not processes.is_out_of_memory(error):
             raise
         parser.error(f"out of memory; this tells what would fit: python plan.py --run {shlex.quote(str(out))} "
@@ -186,3 +206,16 @@ def one_line_errors(parser: argparse.ArgumentParser, config: dict | None = None,
     finally:
         if out is not None and processes.is_first():
             folders.give_back(out)
+
+
+def how_to_go_on(out: Path | None) -> str:
+    """The end of a line about a run that stops. out: its folder, if it is known."""
+    if out is None:
+        return ""
+    return f"; go on with --resume {shlex.quote(str(out))}"
+
+
+def close_output():
+    """Nothing more is printed, also not at the end of the program, when Python prints what is left."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())

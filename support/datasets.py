@@ -99,7 +99,7 @@ def check_unchanged(config: dict):
     names = class_names(Path(config["data"]), config["dataset"] == "deepglobe")
     if names is not None and names != config["classes"]:
         raise DataError(f"{config['data']}: the classes were {', '.join(config['classes'])} and are "
-                        f"{', '.join(names)}; put classes.txt back, or train anew")
+                        f"{', '.join(names)}; make classes.txt what it was, or remove it if there was none")
     times = times_of(datasets)
     if times == config["file_times"]:
         return

@@ -1,5 +1,6 @@
 """Folders to write to: named, claimed for one program alone, and taken away again where nothing was written."""
 
+import fcntl
 import itertools
 import os
 from pathlib import Path
@@ -7,8 +8,8 @@ from pathlib import Path
 from support import checkpoints
 from support.image_files import DataError
 
-# The run that made this file has the folder. It is removed once last.pt is there.
-CLAIM = checkpoints.UNFINISHED + "run"
+CLAIM = checkpoints.UNFINISHED + "run"  # the program that has locked this file holds the folder
+HELD = {}  # the folders that this program holds, and the descriptor of the file of each
 
 
 def check_folder(path: Path):
@@ -35,16 +36,12 @@ def new_folder(name: str) -> Path:
             path = Path(f"{name}-{i}")
 
 
-def claim(folder: Path, again: bool):
+def claim(folder: Path):
     """From now on the folder, which is made if need be, belongs to this run. DataError: it is not
-    empty, or belongs to another run. again: the run may be one that was killed and restarted, so an
-    earlier claim is its own."""
+    empty, or another program writes to it."""
     folder.mkdir(parents=True, exist_ok=True)
-    try:
-        (folder / CLAIM).touch(exist_ok=again)
-    except FileExistsError:
-        raise DataError(f"--out {folder}: this folder is being used by a run that has just begun; name another one (or "
-                        "remove it, if that run was killed)") from None
+    if not hold(folder):
+        raise DataError(f"--out {folder}: another run is using this folder; name another one")
     for path in folder.iterdir():
         if not checkpoints.is_unfinished(path):
             give_back(folder)
@@ -52,10 +49,38 @@ def claim(folder: Path, again: bool):
                             f"--resume {folder}")
 
 
+def hold(folder: Path) -> bool:
+    """Makes sure that no other program holds the folder until `give_back`, or until this program ends, even if it is
+    killed. Returns whether it could."""
+    descriptor = os.open(folder / CLAIM, os.O_RDWR | os.O_CREAT)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        return False
+    except OSError:  # a file system that has no locks
+        pass
+    HELD[folder] = descriptor
+    return True
+
+
 def give_back(folder: Path):
-    """Takes the claim away, and the folder too if nothing was written to it."""
-    (folder / CLAIM).unlink(missing_ok=True)
+    """Another program may now hold the folder. Takes it away if nothing was written to it."""
+    descriptor = HELD.pop(folder, None)
+    if descriptor is not None:
+        (folder / CLAIM).unlink(missing_ok=True)
+        os.close(descriptor)
     remove_if_empty(folder)
+
+
+def let_go():
+    """In a process that was forked, for example to read images: it must not hold a folder longer than this program."""
+    for descriptor in HELD.values():
+        os.close(descriptor)
+    HELD.clear()
+
+
+os.register_at_fork(after_in_child=let_go)
 
 
 def remove_if_empty(folder: Path):

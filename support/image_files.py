@@ -123,11 +123,19 @@ def read_image(path: Path) -> np.ndarray:
                             "expected, so if it is (C,H,W) save array.transpose(1, 2, 0)")
     else:
         picture, stored = open_picture(path)
-        ImageOps.exif_transpose(picture, in_place=True)  # cameras store how they were held
+        ImageOps.exif_transpose(picture, in_place=True)  # see is_turned
         image = picture_to_array(picture, stored)
     if image.ndim == 2:
         image = image[..., None]
     return image
+
+
+def is_turned(path: Path) -> bool:
+    """Whether `read_image` turns or mirrors the picture, as its camera stored in it (EXIF) how it was held."""
+    if path.suffix.lower() == ".npy":
+        return False
+    with Image.open(path, formats=FORMATS) as picture:
+        return picture.getexif().get(Tag.Orientation, 1) in range(2, 9)
 
 
 def has_transparency(path: Path) -> bool:

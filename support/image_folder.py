@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from support.image_files import PICTURES, DataError, read_image
+from support.image_files import PICTURES, DataError, is_turned, read_image
 from support.mask_files import DEEPGLOBE, read_deepglobe_mask, read_mask
 from support.loss import IGNORE
 
@@ -300,7 +300,11 @@ def check_same_size(image: np.ndarray, image_path: Path, mask: np.ndarray, mask_
     """DataError: an image (H,W,C) and its mask are not of the same size."""
     height, width = image.shape[:2]
     if (height, width) != mask.shape:
-        hint = "; if the array is (C,H,W), save array.transpose(1, 2, 0)" if image.shape[1:] == mask.shape else ""
+        hint = ""
+        if image.shape[1:] == mask.shape:
+            hint = "; if the array is (C,H,W), save array.transpose(1, 2, 0)"
+        elif is_turned(image_path):
+            hint = "; the image is turned as its EXIF data says, so turn the mask, too"
         raise DataError(f"{image_path}: {height}x{width} pixels, but its mask {mask_path.name} has "
                         f"{mask.shape[0]}x{mask.shape[1]}; they must be equal{hint}")
 

@@ -1,12 +1,13 @@
 """The loss: one minus the mean Dice, plus the mean cross-entropy. No other file knows what the loss is.
 
-The Dice of a class is twice the intersection of what is predicted and what is true, divided by their
-cardinality, the sum of the two. It is 1 where both are the same. No device ever holds the whole mask. So each tile gives a few sums over its pixels (`loss_sums`),
+The Dice of a class is twice the intersection of what is predicted and what is true, divided by
+their cardinality, which is the sum of the two. It is 1 where both are the same.
+
+No device ever holds the whole mask. So each tile gives a few sums over its pixels (`loss_sums`),
 these sums are added up over tiles, images and processes, and the loss is made of the totals
 (`loss_from_sums`). It equals the loss of the stitched image. Where classes have weights, both
 functions need them, and both means are weighted. For another loss, change these functions, and the
-tests of their values. Letters as in decompose.py. This file imports
-nothing but torch.
+tests of their values. Letters as in decompose.py. This file imports nothing but torch.
 """
 
 from collections.abc import Sequence

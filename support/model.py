@@ -79,7 +79,8 @@ def load_model(path: Path) -> tuple[DecomposedUNet, dict]:
     state = checkpoints.load(path)
     config = state["config"]
     try:
-        model = build_from_config(config)
+        with torch.random.fork_rng(devices=[]):  # for all random numbers that follow, nothing was drawn here
+            model = build_from_config(config)
         model.load_state_dict(state["model"])
         for name in ("dataset", "dtype", "colors", "grid", "image_size", "overlap", "mean", "std", "amp"):
             config[name]  # KeyError if it is not there

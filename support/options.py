@@ -245,8 +245,9 @@ def check_data(config: dict, parser: Parser):
     if not config["data"]:
         parser.error(f"--dataset {config['dataset']}: say also where it is, --data DIR")
     config["data"] = config["data"].absolute()  # --resume may be called from elsewhere
-    if config["data"] in config.get("out", Path("runs")).absolute().parents:
-        parser.error(f"--out {config['out']}: is inside --data, where it would be taken for images; name another --out")
+    out = config.get("out", Path("runs"))
+    if config["data"] in out.absolute().parents:
+        parser.error(f"--out {out}: is inside --data, where it would be taken for images; name another --out")
 
 
 def check_class_weights(config: dict, parser: Parser):

@@ -83,9 +83,9 @@ def images_in(folder: Path, deepglobe: bool) -> list[Path]:
     images = []
     left_out = []
     masks = set()  # folders
-    for path in sorted(folder.rglob("*")):
+    for path in sorted(files_below(folder)):
         below = path.relative_to(folder)
-        if path.is_dir() or any(part.startswith(".") for part in below.parts):
+        if any(part.startswith(".") for part in below.parts):
             continue
         around = folder_of_masks(below)
         if around and (folder / around).with_name("images").is_dir():
@@ -104,6 +104,21 @@ def images_in(folder: Path, deepglobe: bool) -> list[Path]:
         without_masks = [path for path in images if path.stem.endswith(IMAGE_ENDING)]
         return without_masks or images
     return images
+
+
+def files_below(folder: Path) -> list[Path]:
+    """All files in a folder and its subfolders, also those behind links, but those of each subfolder only once."""
+    found = []
+    seen = set()
+    for root, subfolders, names in os.walk(folder, followlinks=True):
+        true_path = os.path.realpath(root)
+        if true_path in seen:
+            subfolders.clear()
+            continue
+        seen.add(true_path)
+        subfolders.sort()
+        found += [Path(root, name) for name in names]
+    return found
 
 
 def folder_of_masks(path: Path) -> Path | None:
@@ -257,13 +272,13 @@ def all_or_none(files: dict[str, Path]) -> Iterator[dict[str, Path]]:
         yield unfinished
 
 
-def check_space(folder: Path, needed: int):
-    """DataError: the disk of a folder has no space for so many bytes. To notice that only while
-    they are written to mapped files would be too late, as it ends the program."""
+def check_space(image: Path, folder: Path, needed: int):
+    """DataError: the disk of a folder has no space for so many bytes of mapped files. To notice
+    that only while they are written would be too late, as it ends the program."""
     free = shutil.disk_usage(folder).free
     if needed > free:
-        raise DataError(f"{folder}: needs {needed / 2**20:.0f} MiB, but the disk has only {free / 2**20:.0f}; make "
-                        "space, or name another --out")
+        raise DataError(f"{image}: {folder} needs {needed / 2**20:.1f} MiB for it, but the disk has only "
+                        f"{free / 2**20:.1f}; make space, or name another --out")
 
 
 def create_array(path: Path, dtype: type, shape: tuple[int, ...]) -> np.ndarray:

@@ -8,8 +8,8 @@
 All processes hold the same weights. Once per step the gradients are averaged (by
 DistributedDataParallel) and the few sums of the loss are added up; once per epoch the running
 statistics are averaged. The processes of a group also add up the coarse maps of what their tiles
-send. Of an image, K numbers for every 4^D pixels travel, and never the pixels. Without torchrun there is one process, and
-everything here leaves things as they are.
+send. Of an image, K numbers for every 4^D pixels travel, and never the pixels. Without torchrun
+there is one process, and everything here leaves things as they are.
 """
 
 import os

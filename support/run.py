@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from support import checkpoints, folders, plots, processes
+from support import checkpoints, plots, processes
 from support.checkpoints import CheckpointError
 from support.model import weights_to_begin_with
 from support.options import show_progress
@@ -63,8 +63,6 @@ class Run:
             if self.config.get("init"):
                 self.load_weights(Path(self.config["init"]))
             self.save(self.out / "last.pt", self.state())
-            if processes.is_first():
-                folders.give_back(self.out)  # only the claim: now last.pt says that the folder is taken
         heading = "epoch  train loss  val loss"
         for name in self.config["classes"]:
             heading += f"  IoU {name}"
@@ -122,11 +120,15 @@ class Run:
             self.save_best()
             return
         path = self.out / "best.pt"
-        epoch = checkpoints.load(path).get("epoch", self.best_epoch())  # older ones have no number
-        if epoch != self.best_epoch():
-            raise CheckpointError(f"{path}: holds epoch {epoch}, but the best of the run was epoch "
-                                  f"{self.best_epoch()}; put back the best.pt that was written with this last.pt, "
-                                  "or train anew")
+        held = "is missing"
+        if path.exists():
+            epoch = checkpoints.load(path).get("epoch", self.best_epoch())  # older ones have no number
+            if epoch == self.best_epoch():
+                return
+            held = f"holds epoch {epoch}"
+        raise CheckpointError(f"{path}: {held}, but the best of the run was epoch {self.best_epoch()}; put back the "
+                              "best.pt that was written with this last.pt, or begin a new run: --init "
+                              f"{self.out / 'last.pt'}")
 
     def save(self, path: Path, state: dict):
         if processes.is_first():

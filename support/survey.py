@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import Dataset
 
 from support.identity import checksum, digest
-from support.image_files import DataError, has_transparency
+from support.image_files import DataError, has_transparency, is_turned
 from support.image_folder import ImageFolder, check_same_size, say_once
 from support.loaders import Loader
 from support.loss import IGNORE
@@ -64,6 +64,7 @@ class PairSummary:
     channels: int
     dtype: np.dtype
     transparent: bool
+    turned: bool
     pixels: Counter
     palette: list[tuple[int, int, int]]
     extremes: Extremes
@@ -86,8 +87,8 @@ def summarise_pair(folder: ImageFolder, number: int, classes: int) -> PairSummar
             extremes.add(channel, block[:, channel])
     palette = mask_colors(mask_path) if folder.read_mask is read_mask else []
     checksums = checksum(image_path), checksum(mask_path)  # now, while the system still holds both files in memory
-    return PairSummary(mask.shape, channels, image.dtype, has_transparency(image_path), pixels, palette, extremes,
-                       statistics, checksums)
+    return PairSummary(mask.shape, channels, image.dtype, has_transparency(image_path), is_turned(image_path), pixels,
+                       palette, extremes, statistics, checksums)
 
 
 class PairSummaries(Dataset):
@@ -125,6 +126,9 @@ class Findings:
         self.kinds = {}  # {kind of image: the first image of that kind}
         self.colors = {}  # {class: its colour in indexed masks, and the first of these}
         self.transparent = None  # the first image with transparency
+        self.turned = None  # the first image that is turned as it is read
+        self.white = None  # the first mask that holds 0 and IGNORE alone
+        self.ignores = False  # whether IGNORE occurs in other masks, too
 
     def add(self, split: str, summary: PairSummary, image_path: Path, mask_path: Path):
         """Adds what one pair of a split tells. DataError: it does not go together with those before."""
@@ -134,6 +138,12 @@ class Findings:
         check_colors(self.colors, classes_in(summary.pixels), summary.palette, mask_path)
         if summary.transparent and self.transparent is None:
             self.transparent = image_path
+        if summary.turned and self.turned is None:
+            self.turned = image_path
+        if drawn_in_white(summary.pixels):
+            self.white = self.white or mask_path
+        elif IGNORE in summary.pixels:
+            self.ignores = True
         self.pixels[split].update(summary.pixels)
         self.pixels_of_folder.setdefault(mask_path.parent, Counter()).update(summary.pixels)
         self.extremes.setdefault(split, Extremes(summary.channels, summary.dtype)).add_all(summary.extremes)
@@ -166,6 +176,9 @@ def survey(folders: dict[str, ImageFolder], names: list[str] | None, workers: in
     show_progress("")
 
     check_counted(found.pixels, folders)
+    if found.turned is not None:
+        say_once(f"{found.turned}: is turned as its EXIF data says, and so are others; make sure that their masks are "
+                 "turned in the same way")
     if found.transparent is not None:
         say_once(f"{found.transparent}: its last channel is taken for transparency and left out, also in other images; "
                  "if it is anything else, such as infrared, save the images as .npy")
@@ -176,6 +189,9 @@ def survey(folders: dict[str, ImageFolder], names: list[str] | None, workers: in
     elif labels == {0}:
         raise single_class_error(first_mask.parent)
     check_white(found.pixels_of_folder, names)
+    if found.white is not None and not found.ignores and names != list(DEEPGLOBE):
+        say_once(f"{found.white}: holds 0 and {IGNORE} alone, and {IGNORE} does not count; if it is an object, save it "
+                 "as 1")
     missing = missing_classes(found.pixels, names)
     print_missing(missing)
     print_outliers(found.extremes)
@@ -204,7 +220,7 @@ def check_counted(pixels: dict[str, Counter], folders: dict[str, ImageFolder]):
         if not classes_in(pixels[split]):
             _, mask_path = folder.pairs[0]
             raise DataError(f"{mask_path.parent}: no pixel of the masks for {split} counts, all are {IGNORE}; add a "
-                            "mask with a class")
+                            f"mask with a class, or give {split} images and masks of its own (DIR/{split})")
 
 
 def check_pair(image: np.ndarray, image_path: Path, mask: np.ndarray, mask_path: Path, crop: tuple[int, int] | None):
@@ -284,8 +300,9 @@ def number_classes(found: set[int], folder: Path) -> list[str]:
     for label in range(max(found)):
         if label not in found:
             values = " ".join(map(str, sorted(found)[:8])) + (" ..." if len(found) > 8 else "")
-            raise DataError(f"{folder}: the masks hold the values {values}, but {label} does not occur; number the "
-                            "classes 0, 1, 2, ... without a gap, or name all of them in DIR/classes.txt")
+            raise DataError(f"{folder}: the masks hold the values {values} (and perhaps {IGNORE}, which does not "
+                            f"count), but {label} does not occur; number the classes 0, 1, 2, ... without a gap, or "
+                            "name all of them in DIR/classes.txt")
     return [f"class {label}" for label in sorted(found)]
 
 

@@ -205,3 +205,19 @@ def test_a_best_epoch_that_is_lost_is_named(tmp_path):
     checkpoints.save(tmp_path / "best.pt", state)
     with pytest.raises(CheckpointError, match="best.pt: holds epoch 1, but the best of the run was epoch 3"):
         begin(new_run(tmp_path))
+
+
+def test_a_best_epoch_that_is_missing_is_named(tmp_path):
+    finished_run(tmp_path)
+    (tmp_path / "best.pt").unlink()
+    with pytest.raises(CheckpointError, match="best.pt: is missing, but the best of the run was epoch 3; put back"):
+        new_run(tmp_path).begin(checkpoints.load(tmp_path / "last.pt"))
+
+
+def test_a_checkpoint_that_was_copied_in_part_is_damaged(tmp_path):
+    checkpoints.save(tmp_path / "whole.pt", {"config": {}, "model": {"weight": torch.zeros(10_000)}})
+    whole = (tmp_path / "whole.pt").read_bytes()
+    for length in (0, 100, 5000, 20_000, len(whole) - 1):
+        (tmp_path / "part.pt").write_bytes(whole[:length])
+        with pytest.raises(CheckpointError, match="part.pt: cannot be loaded, it is damaged"):
+            checkpoints.load(tmp_path / "part.pt")

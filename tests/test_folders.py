@@ -1,11 +1,16 @@
 """Two programs never write to the same folder, and a folder that was claimed and not used is taken away again."""
 
+import os
+import signal
+import subprocess
+import sys
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from threading import Barrier
 
 import numpy as np
 import pytest
+from conftest import ROOT
 from test_image_folder import make_folder, save
 
 import plan
@@ -84,17 +89,53 @@ def test_of_many_that_name_a_folder_at_the_same_instant_each_gets_its_own():
 def test_of_many_that_want_the_same_folder_at_the_same_instant_one_gets_it():
     for attempt in range(20):
         folder = Path(f"one-{attempt}")
-        answers = together(folders.claim, folder, False)
+        answers = together(folders.claim, folder)
         assert answers.count(None) == 1
         for answer in answers:
-            assert answer is None or f"--out {folder}: this folder is being used" in str(answer)
+            assert answer is None or f"--out {folder}: another run is using this folder" in str(answer)
 
 
 def test_the_second_run_with_the_same_out_is_one_line(capsys):
     assert prepare("--out", "here") == Path("here")
     said = message_of_failure(train.main, [*TINY, "--out", "here"], capsys)
-    assert "--out here: this folder is being used by a run that has just begun; name another one" in said
+    assert "--out here: another run is using this folder; name another one" in said
     assert Path("here").is_dir()
+
+
+def test_a_run_that_is_being_trained_cannot_go_on_beside_it(monkeypatch, capsys):
+    said = []
+
+    def resume_it(*arguments):
+        monkeypatch.setattr(train, "evaluate", evaluate)
+        said.append(message_of_failure(train.main, ["--resume", "here"], capsys))
+        return evaluate(*arguments)
+
+    evaluate = train.evaluate
+    monkeypatch.setattr(train, "evaluate", resume_it)
+    train.main([*TINY, "--out", "here"])
+    assert "here: another program is training this run; wait until it ends, or stop it" in said[0]
+    train.main(["--resume", "here"])  # now that it has ended
+
+
+def test_who_was_killed_holds_nothing_and_neither_do_its_workers():
+    forked = """
+import os, signal, time
+from pathlib import Path
+from support import folders
+folders.claim(Path("here"))
+worker = os.fork()  # as to read images
+if worker == 0:
+    time.sleep(60)
+print(worker, flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    program = subprocess.Popen([sys.executable, "-c", forked], env=environment, stdout=subprocess.PIPE)
+    worker = int(program.stdout.readline())
+    program.wait()
+    folders.claim(Path("here"))
+    folders.give_back(Path("here"))
+    os.kill(worker, signal.SIGKILL)
 
 
 def test_an_empty_folder_can_be_claimed_and_a_finished_run_leaves_no_claim():
@@ -109,6 +150,12 @@ def test_to_read_the_options_and_to_plan_claim_nothing(somewhere_else):
     plan.main([*TINY, "--image-size", "64", "--out", "here"])
     plan.main(TINY)
     assert list(somewhere_else.iterdir()) == []
+
+
+def test_a_run_is_not_begun_among_its_images(capsys):
+    make_folder(Path(), 6)
+    said = message_of_failure(train.main, ["--dataset", "folder", "--data", "."], capsys)
+    assert "--out runs: is inside --data, where it would be taken for images; name another --out" in said
 
 
 # Given back

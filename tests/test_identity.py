@@ -157,7 +157,7 @@ def test_other_images_are_one_line(change, place, capsys):
 def test_other_names_of_classes_are_one_line(place, capsys):
     (place / "data/classes.txt").write_text("sky\nsea\nland\n")
     said = message_of_failure(["--resume", "run"], capsys)
-    assert "the classes were class 0, class 1, class 2 and are sky, sea, land; put classes.txt back" in said
+    assert "the classes were class 0, class 1, class 2 and are sky, sea, land; make classes.txt what it was" in said
 
 
 def test_other_images_of_an_older_run_are_one_line(place, capsys):

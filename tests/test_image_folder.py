@@ -190,6 +190,31 @@ def test_an_image_that_was_taken_upside_down_is_turned_back(tmp_path):
     assert np.array_equal(image[..., 0], GREY[::-1, ::-1])
 
 
+def save_turned(path, orientation):
+    """An image of 16x24 pixels, of which a camera says how it was held."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(random_image((16, 24))).save(path, exif=exif)
+
+
+def test_that_an_image_is_turned_is_said_once(tmp_path, capsys):
+    make_folder(tmp_path, 6)
+    for i in (2, 4):
+        save_turned(tmp_path / f"train/images/{i}.png", orientation=3)  # upside down
+    survey_of(tmp_path)
+    said = capsys.readouterr().out
+    assert said.count("is turned as its EXIF data says") == 1
+    assert "2.png: is turned" in said or "4.png: is turned" in said  # one of them may be drawn for val
+
+
+def test_where_a_turned_image_has_not_the_size_of_its_mask_it_is_said_why(tmp_path):
+    make_folder(tmp_path, 6)
+    save_turned(tmp_path / "train/images/2.png", orientation=6)  # upright
+    message = "2.png: 24x16 pixels, but its mask 2.png has 16x24; they must be equal; the image is turned as its EXIF"
+    with pytest.raises(image_files.DataError, match=message):
+        survey_of(tmp_path)
+
+
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "L"])
 def test_a_picture_takes_little_more_memory_than_its_array(mode, tmp_path):
     row = random_image((1, 1500))
@@ -795,6 +820,17 @@ def test_masks_of_a_split_that_hold_0_and_255_alone_are_refused(split, tmp_path)
         survey_of(tmp_path)
 
 
+@pytest.mark.parametrize("others, is_told", [([0, 1], True), ([0, 1, 255], False)])
+def test_a_mask_of_0_and_255_is_told_if_no_other_holds_255(others, is_told, tmp_path, capsys):
+    make_folder(tmp_path, 6, splits=("train", "val", "test"))
+    for split in ("train", "val", "test"):
+        draw(tmp_path / split / "masks", *others)
+    save(tmp_path / "train/masks/3.png", RNG.choice([0, 255], (16, 24)).astype(np.uint8))
+    survey_of(tmp_path)
+    said = "3.png: holds 0 and 255 alone, and 255 does not count; if it is an object, save it as 1"
+    assert (said in capsys.readouterr().out) == is_told
+
+
 def test_a_single_mask_of_0_and_255_is_fine_even_if_it_is_all_of_a_split_that_is_drawn(tmp_path):
     make_folder(tmp_path, 12)
     (image, mask), = image_folder.find_pairs(tmp_path, seed=0)["val"]
@@ -846,8 +882,8 @@ def test_a_gap_between_the_numbers_of_the_classes_is_named(folder_without_names,
     values = [0, 100, 200, 0, 100, 200]
     for i, value in enumerate(values):
         save(folder_without_names / f"train/masks/{i}.png", np.full((16, 24), value, np.uint8))
-    message = ("train/masks: the masks hold the values 0 100 200, but 1 does not occur; number the classes 0, 1, 2, "
-               "... without a gap")
+    message = ("train/masks: the masks hold the values 0 100 200 (and perhaps 255, which does not count), but 1 does "
+               "not occur; number the classes 0, 1, 2, ... without a gap")
     assert_refused(folder_without_names, message, capsys)
     for kind, size in (("images", (16, 24, 3)), ("masks", (16, 24))):
         save(folder_without_names / f"test/{kind}/0.png", np.zeros(size, np.uint8))

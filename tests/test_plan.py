@@ -306,6 +306,14 @@ def test_more_gpus_are_proposed_only_as_far_as_each_process_has_tiles_for_them()
     assert [option for option in options if option.startswith("--gpus")] == ["--gpus 2"]
 
 
+@pytest.mark.parametrize("options", ["--data here", "--dataset folder --data here --crop 64"])
+def test_it_looks_at_no_images(options, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        plan.main(options.split())
+    said = capsys.readouterr().err
+    assert "error: plan.py looks at no images: give --image-size, --channels and --classes" in said
+
+
 def test_with_a_run_no_other_option_of_the_step_is_passed_over(capsys):
     with pytest.raises(SystemExit, match="2"):
         plan.main(["--run", "runs/NAME", "--batch-size=64"])

@@ -252,21 +252,55 @@ def test_with_a_true_mask_of_which_no_pixel_counts_nothing_is_written(grey, tmp_
     assert not (tmp_path / "out").exists()
 
 
+def stop_at(name, error, monkeypatch):
+    """The prediction of the image of this name ends with an error."""
+    predict_one = predict.predict
+
+    def stop(model, config, image, job, *more):
+        if job.name == name:
+            raise error
+        return predict_one(model, config, image, job, *more)
+
+    monkeypatch.setattr(predict, "predict", stop)
+
+
 def test_an_image_that_runs_out_of_memory_is_named_and_the_others_are_scored(grey, tmp_path, monkeypatch, capsys):
     for name in ("a", "b", "c"):
         save_black(tmp_path / f"images/{name}.png")
         save_black(tmp_path / f"masks/{name}.png")
-    predict_one = predict.predict
-
-    def run_out_of_memory(model, config, image, job, *more):
-        if job.name == "b":
-            raise MemoryError
-        return predict_one(model, config, image, job, *more)
-
-    monkeypatch.setattr(predict, "predict", run_out_of_memory)
+    stop_at("b", MemoryError, monkeypatch)
     assert run(grey, tmp_path / "images", "--masks", tmp_path / "masks", "--out", tmp_path / "out") == 1
-    assert f"{tmp_path}/images/b.png: out of memory; take a --grid of more tiles" in capsys.readouterr().err
+    said = capsys.readouterr()
+    assert f"{tmp_path}/images/b.png: out of memory; take a --grid of more tiles" in said.err
+    assert "metrics.json holds the scores of 2 of 3 images" in said.out
     assert read_json(tmp_path / "out/metrics.json").keys() == {"a.png", "c.png", "all"}
+
+
+def test_ctrl_c_keeps_the_scores_of_the_images_that_are_done(grey, tmp_path, monkeypatch, capsys):
+    for name in ("a", "b", "c"):
+        save_black(tmp_path / f"images/{name}.png")
+        save_black(tmp_path / f"masks/{name}.png")
+    stop_at("c", KeyboardInterrupt, monkeypatch)
+    with pytest.raises(KeyboardInterrupt):
+        run(grey, tmp_path / "images", "--masks", tmp_path / "masks", "--out", tmp_path / "out")
+    assert "metrics.json holds the scores of 2 of 3 images" in capsys.readouterr().out
+    assert read_json(tmp_path / "out/metrics.json").keys() == {"a.png", "b.png", "all"}
+
+
+def test_an_output_that_nobody_reads_ends_it_and_is_no_failure_of_an_image(grey, tmp_path, monkeypatch, capsys):
+    for name in ("a", "b", "c"):
+        save_black(tmp_path / f"images/{name}.png")
+    stop_at("b", BrokenPipeError, monkeypatch)
+    monkeypatch.setattr(predict, "close_output", lambda: None)  # pytest reads it
+    assert run(grey, tmp_path / "images", "--out", tmp_path / "out") == 2
+    assert capsys.readouterr().err.endswith("error: nobody reads what this prints any more, so it stops\n")
+
+
+def test_a_file_that_cannot_be_written_is_told_with_its_image(grey, tmp_path, monkeypatch, capsys):
+    image = save_black(tmp_path / "a.png")
+    stop_at("a", OSError(28, "No space left on device"), monkeypatch)
+    assert run(grey, image, "--out", tmp_path / "out") == 2
+    assert f"{image}: {tmp_path / 'out'}: No space left on device; see that" in capsys.readouterr().err
 
 
 def test_true_masks_of_0_and_255_alone_are_refused(grey, tmp_path, capsys):

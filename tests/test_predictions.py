@@ -241,3 +241,10 @@ def test_an_image_without_a_mask_is_named_and_the_others_are_scored(network, sca
     assert run(network, scans, "--masks", masks, "--out", out) == 1
     assert f"{scans / '2021/tile.png'}: {masks} holds no mask named tile; add it" in capsys.readouterr().err
     assert list(read_scores(out)) == ["2020/tile.png", "2021/north/other.npy", "all"]
+
+
+def test_images_behind_links_are_found_and_each_folder_is_read_once(scans):
+    (scans / "linked").symlink_to(scans.parent / "elsewhere")
+    save_black(scans.parent / "elsewhere/there.png")
+    (scans / "2020/loop").symlink_to(scans)
+    assert places(scans) == ["2020/tile.png", "2021/north/other.npy", "2021/tile.png", "linked/there.png"]

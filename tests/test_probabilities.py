@@ -185,7 +185,7 @@ def test_a_disk_without_space_is_named_before_anything_is_written(certain, tmp_p
     path = save_black(tmp_path / "a.png", size=(600, 600))
     assert ask(certain, path, tmp_path / "out") == 2
     said = capsys.readouterr().err
-    assert "out: needs 2 MiB, but the disk has only 1; make space, or name another --out" in said
+    assert "out needs 2.1 MiB for it, but the disk has only 1.0; make space, or name another --out" in said
     assert files_below(tmp_path / "out") == set()
 
 

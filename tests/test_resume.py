@@ -17,7 +17,7 @@ import torch
 from test_image_folder import make_folder
 
 import train
-from support import checkpoints, processes
+from support import checkpoints, command, processes
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
 KILLS = int(os.environ.get("KILLS", 3))
@@ -152,6 +152,19 @@ def test_a_run_killed_at_any_instant_and_resumed_is_the_run_never_interrupted(tm
 
 def interrupt(*arguments):
     raise KeyboardInterrupt
+
+
+def test_an_output_that_nobody_reads_says_how_to_go_on(tmp_path, monkeypatch, capsys):
+    def print_to_nobody(*arguments):
+        raise BrokenPipeError
+
+    monkeypatch.setattr(train, "train_epoch", print_to_nobody)
+    monkeypatch.setattr(command, "close_output", lambda: None)  # pytest reads it
+    with pytest.raises(SystemExit, match="2"):
+        run(ONE_EPOCH, tmp_path / "run")
+    said = capsys.readouterr().err
+    assert "nobody reads what this prints any more, so it stops" in said
+    assert said.endswith(f"; go on with --resume {tmp_path / 'run'}\n")
 
 
 def test_ctrl_c_says_how_to_go_on(tmp_path, monkeypatch, capsys):
