@@ -256,7 +256,7 @@ class Run:
         if metrics["seconds_waited"] > 0.1 * metrics["train_seconds"]:
             print(waiting_line(metrics["seconds_waited"], metrics["train_seconds"]))
         if processes.is_first():
-            names = sorted(path.name for path in self.out.iterdir())
+            names = sorted(path.name for path in self.out.iterdir() if not checkpoints.is_unfinished(path))
             print(f"See {self.out}: {', '.join(names)}")
 
 
