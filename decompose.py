@@ -401,10 +401,10 @@ class SharedModule:
 
     Buffers (the running statistics of batch norm): every tile starts from the same old ones and
     changes a copy of its own. `update_buffers` then takes the mean over all tiles: that of their
-    means, and that of their variances. With momentum m
-    (0.1 in PyTorch) a tile makes (1 - m) * old + m * its own statistics, so the mean is
-    (1 - m) * old + m * mean of the tiles' statistics. So neither the number of devices nor the order
-    of the tiles changes the result, but for rounding.
+    means, and that of their variances. With momentum m (0.1 in PyTorch) a tile makes
+    (1 - m) * old + m * its own statistics, so the mean is (1 - m) * old + m * mean of the tiles'
+    statistics. So neither the number of devices nor the order of the tiles changes the result, but
+    for rounding.
 
     Random numbers: whenever tile i is run, dropout draws those of seeds[i].
 
