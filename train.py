@@ -264,7 +264,7 @@ def train(config: dict, devices: list, out: Path, state: dict | None = None) -> 
         run.save_last_and_best(evaluate(model, loaders["val"], config, devices))
     run.load_best()
     datasets["train"].epoch = config["epochs"]  # if all epochs had been done before, the loop has not set it
-    frozen = run.best_epoch() * steps_per_epoch > freeze_after or config["epochs"] == 0
+    frozen = config["epochs"] == 0 or run.best_epoch() * steps_per_epoch > freeze_after
     metrics = {
         "test": evaluate(model, loaders["test"], config, devices),
         "loss_of_training_images": compare_modes(model, loaders["train"], config, devices, frozen),

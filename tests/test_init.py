@@ -57,6 +57,8 @@ def test_without_an_epoch_the_scores_are_those_of_the_checkpoint(first, tmp_path
     expected, found = metrics_of(first / "run"), metrics_of(tmp_path / "run")
     assert found["test"] == expected["test"]
     assert found["val"]["iou"] == expected["val"]["iou"]
+    losses = found["loss_of_training_images"]
+    assert losses["training_mode"] == losses["evaluation_mode"]  # nothing was trained, so nothing is compared
     run(first / "data", tmp_path / "without", "--epochs", "0")
     assert metrics_of(tmp_path / "without")["test"] != expected["test"]
 
