@@ -10,7 +10,8 @@
 Every run leaves a folder with metrics.json, log.csv, best.pt, last.pt, curves.png and predictions.png.
 
 Read it from top to bottom: where each tile lives, the loss, a training step, an epoch, validation,
-and `train`, which puts them together. Options, files, resuming and many processes are in support/.
+and `train`, which puts them together. Options, files, resuming and many processes are in support/:
+where there is one process, what begins with `processes.` leaves things as they are.
 Letters as in decompose.py.
 """
 
