@@ -240,13 +240,13 @@ class DecomposedUNet(nn.Module):
             return prepare(to_device(tiles[i], placement[i]))
 
         def exchange(sent):
-            return self.exchange(communicate, sent, tiling, placement, add_up)
+            return self.stitch_communicate_split(sent, communicate, tiling, placement, add_up)
 
-        def finish_tile(i, logits):
+        def crop_and_finish(i, logits):
             return finish(i, tiling.crop(i, logits))
 
         run = self.forward_with_recompute if recompute else self.forward_keeping_activations
-        outputs = run(own, tiling, fetch, encode, exchange, decode, finish_tile)
+        outputs = run(own, tiling, fetch, encode, exchange, decode, crop_and_finish)
 
         encode.update_buffers(len(tiling), add_up)
         decode.update_buffers(len(tiling), add_up)
@@ -258,7 +258,8 @@ class DecomposedUNet(nn.Module):
                                     exchange: Callable, decode: Callable, finish: Callable) -> list:
         """The forward pass as the picture at the top shows it. PyTorch keeps what the backward pass needs.
 
-        own: the numbers of the tiles. fetch(i): tile i on its device. The others are the arrows of the picture.
+        own: the numbers of the tiles. fetch(i): tile i on its device. encode, exchange, decode: the arrows of the
+        picture. finish(i, logits): what is kept of tile i.
         """
         skips, coarse_maps = {}, {}
         for i in own:
@@ -281,7 +282,8 @@ class DecomposedUNet(nn.Module):
         channels = coarse[:, -self.comm_channels:]
         return tiling.coarse.crop(i, channels).clone()  # a copy: with recompute, a view would keep all channels
 
-    def exchange(self, communicate: "SharedModule", sent: dict[int, Tensor], tiling: Tiling, placement, add_up) -> dict:
+    def stitch_communicate_split(self, sent: dict[int, Tensor], communicate: "SharedModule | None", tiling: Tiling,
+                                 placement: Sequence[torch.device], add_up: Callable) -> dict:
         """What each tile sends (B,K,h/2^D,w/2^D) -> what it receives (with overlap), on its own device."""
         if communicate is None:
             return dict.fromkeys(sent)
@@ -311,7 +313,7 @@ class DecomposedUNet(nn.Module):
         functions again, one tile after the other. Until then, what each tile has received stays on
         its device, and so do the activations of the communication network.
 
-        So in all a tile is encoded four times and decoded twice.
+        So in all a tile is encoded four times and decoded twice; without communication, both twice.
         """
         def encode_to_send(i):
             _, coarse = encode(i, fetch(i))
@@ -460,7 +462,8 @@ class SharedModule:
         copies = {}
         for group in self.changing:
             old = [buffers[names[0]] for names in group]
-            new = torch._foreach_mul(old, 1)  # copies all in one call, as each call takes a while to reach the GPU
+            new = [torch.empty_like(buffer) for buffer in old]
+            torch._foreach_copy_(new, old)  # all in one call, as each call takes a while to reach the GPU
             for names, copy in zip(group, new):
                 copies.update(dict.fromkeys(names, copy))
         return copies
@@ -554,7 +557,8 @@ def buffers_that_change(module: nn.Module, buffers: dict[str, Tensor]) -> list[l
     that is frozen, which means in evaluation mode, only reads its running statistics.
 
     buffers: all buffers by their names. Returns groups of one type, and in them the names of each
-    buffer, of which it may have several. Truth values, which have no mean, are taken not to change.
+    buffer, of which it may have several. Complex numbers are taken not to change. A truth value
+    becomes true if it does for any tile, as then its mean is not 0.
     """
     names = {}
     for name, buffer in buffers.items():
@@ -562,6 +566,6 @@ def buffers_that_change(module: nn.Module, buffers: dict[str, Tensor]) -> list[l
     groups = {}
     for layer in module.modules():
         for buffer in layer.buffers(recurse=False):
-            if layer.training and buffer.dtype != torch.bool:
+            if layer.training and not buffer.is_complex():
                 groups.setdefault(buffer.dtype, {})[buffer] = names[buffer]
     return [list(group.values()) for group in groups.values()]

@@ -172,7 +172,7 @@ def predict(config: dict) -> tuple[Counter, Counter]:
     From three and four tiles for each device on, what a phase of the step needs goes up in a
     straight line. All GPUs are taken to have as many tiles as the first one, and all tiles to be as
     large as the largest. With an overlap they lie side by side as if they did not overlap, which is
-    too much: a sixth too much for 8 pixels around tiles of 64x64, and twice as much for 48.
+    too much: a tenth to a sixth for 8 pixels around tiles of 64x64, up to twice the memory for 48.
     """
     tiling = build_tiling(config, config["image_size"])
     devices = max(config["gpus"], 1)
@@ -345,14 +345,15 @@ def main(arguments: list[str] | None = None):
     parser.add_argument("--channels", type=number(1), default=1, help="channels of the image")
     parser.add_argument("--classes", type=number(2, largest=255), default=3, help="classes of the mask")
     given = options_given(arguments)
-    if "--data" in given or "--crop" in given:
+    if "--run" in given:
+        refuse_other_options(given, parser)
+    elif "--data" in given or "--crop" in given:
         parser.error("plan.py looks at no images: give --image-size, --channels and --classes instead of --data, "
-                     "--crop and --dataset; or --run")
+                     "--crop and --dataset")
     config = parse(arguments, parser, amp=True)  # as all recent GPUs do
     memory = config["memory"]
     with one_line_errors(parser):
         if config["run"]:
-            refuse_other_options(given, parser)
             config, _, _ = open_run(config["run"])
         else:
             describe_images(config)

@@ -10,7 +10,7 @@ least 256x256), and one tile at a time is alive on each device. From a folder, p
 images, also those in its subfolders, and --out gets the same subfolders. With --probabilities, it
 also writes the probability of every class. With --masks, a folder of true masks of the same names,
 it also scores the predictions, in metrics.json. Exit status: 0, all images are done; 1, some of
-them failed; 2, all failed. Each image that failed is named.
+them failed; 2, all failed, or it could not begin or go on. Each image that failed is named.
 """
 
 import argparse
@@ -26,7 +26,8 @@ from decompose import DecomposedUNet, Tiling
 from support import folders, processes
 from support.checkpoints import write_json
 from support.command import close_output, one_line_errors
-from support.image_files import DataError, read_image
+from support.image_files import DataError, is_turned, read_image
+from support.image_folder import say_once
 from support.model import load_model
 from support.options import Parser, explain, number, pair, show_progress
 from support.predictions import (Job, all_or_none, check_image, check_space, create_array, find_jobs, find_truths,
@@ -205,6 +206,8 @@ def predict_and_score(model: DecomposedUNet, config: dict, job: Job, asked: argp
     if asked.masks and job.truth is None:
         raise DataError(f"{job.image}: {asked.masks} holds no mask named {job.name}; add it")
     image = read_image(job.image)
+    if is_turned(job.image):
+        say_once("images are turned as their EXIF data says, and so are their masks")
     check_image(image, job.image, config)
     truth = read_truth(job.truth, image.shape[:2], config) if asked.masks else None
     try:

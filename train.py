@@ -205,7 +205,7 @@ def compare_modes(model: nn.Module, loader, config: dict, devices: list,
     """The mean loss of 16 training images, or of a batch, in training mode and in evaluation mode, without dropout.
 
     The two should be alike, as a network is used in evaluation mode. frozen: whether batch norm was
-    frozen when these weights were saved; then they are the same.
+    frozen when these weights were saved, or nothing was trained; then the two are the same.
     """
     model = copy.deepcopy(model)  # training mode changes the running statistics
     batches = math.ceil(16 / config["batch_size"])

@@ -71,7 +71,8 @@ def load(path: Path, needs: tuple[str, ...] = ("config", "model")) -> dict:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file fails in as many ways as there are places in it
-        if isinstance(error, OSError) and error.filename is not None:  # it may not be read
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # which is what PyTorch says of half a file
+            error.filename = str(path)
             raise
         reason = "it is damaged, or no checkpoint"
         if "GLOBAL" in str(error):  # as PyTorch calls what is not data

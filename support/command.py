@@ -179,11 +179,7 @@ def one_line_errors(parser: argparse.ArgumentParser, config: dict | None = None,
     try:
         yield
     except KeyboardInterrupt:
-        go_on = "nothing is lost"
-        if out is not None and (out / "last.pt").exists():
-            program = "torchrun ... train.py" if processes.world_size() > 1 else "python train.py"
-            go_on = f"go on with: {program} --resume {shlex.quote(str(out))}"
-        parser.exit(130, f"\nstopped; {go_on}\n" if processes.is_first() else None)
+        parser.exit(130, f"\nstopped{how_to_go_on(out)}\n" if processes.is_first() else None)
     except Diverged as error:
         parser.error(f"{error}: the likely cause is --lr {config['lr']}, take a smaller one; {out} holds what was "
                      "saved before")
@@ -210,9 +206,10 @@ def one_line_errors(parser: argparse.ArgumentParser, config: dict | None = None,
 
 def how_to_go_on(out: Path | None) -> str:
     """The end of a line about a run that stops. out: its folder, if it is known."""
-    if out is None:
-        return ""
-    return f"; go on with --resume {shlex.quote(str(out))}"
+    if out is None or not (out / "last.pt").exists():
+        return "; nothing is lost"
+    program = "torchrun ... train.py" if processes.world_size() > 1 else "python train.py"
+    return f"; go on with: {program} --resume {shlex.quote(str(out))}"
 
 
 def close_output():

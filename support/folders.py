@@ -52,16 +52,28 @@ def claim(folder: Path):
 def hold(folder: Path) -> bool:
     """Makes sure that no other program holds the folder until `give_back`, or until this program ends, even if it is
     killed. Returns whether it could."""
-    descriptor = os.open(folder / CLAIM, os.O_RDWR | os.O_CREAT)
+    path = folder / CLAIM
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+            return False
+        except OSError:  # a file system that has no locks
+            pass
+        if is_at(descriptor, path):
+            HELD[folder] = descriptor
+            return True
+        os.close(descriptor)  # a program that ended has just removed this file; another one may have made a new one
+
+
+def is_at(descriptor: int, path: Path) -> bool:
+    """Whether an open file is the one at this path."""
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
+        return os.path.samestat(os.fstat(descriptor), os.stat(path))
+    except FileNotFoundError:
         return False
-    except OSError:  # a file system that has no locks
-        pass
-    HELD[folder] = descriptor
-    return True
 
 
 def give_back(folder: Path):

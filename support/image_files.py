@@ -135,6 +135,8 @@ def is_turned(path: Path) -> bool:
     if path.suffix.lower() == ".npy":
         return False
     with Image.open(path, formats=FORMATS) as picture:
+        if picture.format == "PNG" and "exif" not in picture.info:  # Pillow would read all of it to be sure
+            return False
         return picture.getexif().get(Tag.Orientation, 1) in range(2, 9)
 
 

@@ -84,10 +84,7 @@ def images_in(folder: Path, deepglobe: bool) -> list[Path]:
     left_out = []
     masks = set()  # folders
     for path in sorted(files_below(folder)):
-        below = path.relative_to(folder)
-        if any(part.startswith(".") for part in below.parts):
-            continue
-        around = folder_of_masks(below)
+        around = folder_of_masks(path.relative_to(folder))
         if around and (folder / around).with_name("images").is_dir():
             masks.add(folder / around)
         elif path.suffix.lower() in (*PICTURES, ".npy", *UNREADABLE):  # one that cannot be read is named in its turn
@@ -107,17 +104,26 @@ def images_in(folder: Path, deepglobe: bool) -> list[Path]:
 
 
 def files_below(folder: Path) -> list[Path]:
-    """All files in a folder and its subfolders, also those behind links, but those of each subfolder only once."""
+    """All files in a folder and its subfolders, without hidden ones. Links to folders are followed, but only where they
+    lead to a folder that is not found otherwise."""
     found = []
-    seen = set()
-    for root, subfolders, names in os.walk(folder, followlinks=True):
-        true_path = os.path.realpath(root)
+    folders, links = [folder], []
+    seen = set()  # the folders themselves, wherever a link to them may be
+    while folders or links:
+        place = folders.pop() if folders else links.pop(0)
+        true_path = os.path.realpath(place)
         if true_path in seen:
-            subfolders.clear()
             continue
         seen.add(true_path)
-        subfolders.sort()
-        found += [Path(root, name) for name in names]
+        for path in sorted(place.iterdir()):
+            if path.name.startswith("."):
+                continue
+            if not path.is_dir():
+                found.append(path)
+            elif path.is_symlink():
+                links.append(path)
+            else:
+                folders.append(path)
     return found
 
 

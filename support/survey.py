@@ -177,8 +177,8 @@ def survey(folders: dict[str, ImageFolder], names: list[str] | None, workers: in
 
     check_counted(found.pixels, folders)
     if found.turned is not None:
-        say_once(f"{found.turned}: is turned as its EXIF data says, and so are others; make sure that their masks are "
-                 "turned in the same way")
+        say_once(f"{found.turned}: is turned as its EXIF data says; make sure that the masks of such images are turned "
+                 "in the same way")
     if found.transparent is not None:
         say_once(f"{found.transparent}: its last channel is taken for transparency and left out, also in other images; "
                  "if it is anything else, such as infrared, save the images as .npy")

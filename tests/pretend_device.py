@@ -78,7 +78,7 @@ def compute_inside(function, args, kwargs):
     if "generator" in [argument.name for argument in function._schema.arguments]:
         inner_kwargs["generator"] = GENERATOR
     out = function(*inner_args, **inner_kwargs)
-    if function._schema.name.endswith("_"):  # in place: the tensor inside has changed
+    if out is not None and function._schema.name.endswith("_"):  # in place: the tensor inside has changed
         return args[0]
     return tree_map_only(torch.Tensor, PretendTensor, out)
 

@@ -472,6 +472,7 @@ class Table(nn.Module):
         self.register_buffer("bytes", torch.tensor([100, 255], dtype=torch.uint8))
         self.register_buffer("numbers", torch.tensor([2**52 + 1, -3]))
         self.register_buffer("fractions", torch.tensor([0.1, 1e30]))
+        self.register_buffer("rotations", torch.tensor([1 + 2j, 3 - 1j]))
 
     def forward(self, x):
         x = x.clone()
@@ -482,12 +483,40 @@ class Table(nn.Module):
 def test_buffers_that_no_pass_changes_are_what_they_were():
     model = DecomposedUNet(Flat(Table()), CoarseMap())
     before = copy.deepcopy(model.state_dict())
-    tiling = Tiling((32, 32), (32, 32), 1)
-    out = run(model, torch.ones(1, 2, 32, 32), tiling)
+    tiling = Tiling((30, 30), (30, 30), 1)
+    out = run(model, torch.ones(1, 2, 30, 30), tiling)
     assert torch.equal(out[0, :, 0, 0], torch.tensor([1.0, 0.0]))
     for name, value in model.state_dict().items():
         assert value.dtype == before[name].dtype
         assert torch.equal(value, before[name])
+
+
+class ScaleOfFirstBatch(nn.Module):
+    """Divides by the largest value that it saw when it was used first."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("ready", torch.tensor(False))
+        self.register_buffer("largest", torch.tensor(0.0))
+
+    def forward(self, x):
+        if not self.ready:
+            self.largest.copy_(x.detach().max())
+            self.ready.fill_(True)
+        return x / self.largest
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_what_one_tile_does_to_a_buffer_no_other_tile_sees(recompute):
+    model = DecomposedUNet(Flat(ScaleOfFirstBatch()), CoarseMap())
+    tiling = Tiling((1, 4), (1, 4), 1)
+    image = torch.tensor([1.0, 2.0, 3.0, 6.0]).reshape(1, 1, 1, 4).requires_grad_()
+    logits = model(tiling.split(image), tiling, [CPU] * 4, recompute=recompute)
+    tiling.stitch(logits).sum().backward()
+    assert torch.equal(torch.cat(logits).flatten(), torch.ones(4))  # each by its own
+    torch.testing.assert_close(image.grad.flatten(), 1 / image.detach().flatten())
+    assert model.encoder[0].ready
+    assert model.encoder[0].largest == 3  # the mean
 
 
 def test_statistics_in_bfloat16_are_the_mean_of_many_tiles_too():

@@ -1,5 +1,6 @@
 """Two programs never write to the same folder, and a folder that was claimed and not used is taken away again."""
 
+import fcntl
 import os
 import signal
 import subprocess
@@ -115,6 +116,22 @@ def test_a_run_that_is_being_trained_cannot_go_on_beside_it(monkeypatch, capsys)
     train.main([*TINY, "--out", "here"])
     assert "here: another program is training this run; wait until it ends, or stop it" in said[0]
     train.main(["--resume", "here"])  # now that it has ended
+
+
+def test_a_file_that_is_removed_before_it_is_locked_holds_nothing(monkeypatch):
+    """As by a program that ends between the two."""
+    flock = fcntl.flock
+
+    def remove_and_lock(*arguments):
+        monkeypatch.setattr(fcntl, "flock", flock)
+        (Path("here") / folders.CLAIM).unlink()
+        flock(*arguments)
+
+    Path("here").mkdir()
+    monkeypatch.setattr(fcntl, "flock", remove_and_lock)
+    assert folders.hold(Path("here"))
+    assert not folders.hold(Path("here"))
+    folders.give_back(Path("here"))
 
 
 def test_who_was_killed_holds_nothing_and_neither_do_its_workers():

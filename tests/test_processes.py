@@ -178,13 +178,20 @@ def test_what_the_first_process_finds_is_told_to_all_and_if_it_fails_the_others_
 
 # A process that dies
 
-@pytest.mark.parametrize("out, go_on", [(None, ""), (Path("run"), "; go on with --resume run")])
-def test_what_is_said_when_another_process_has_ended(out, go_on, monkeypatch, capsys):
+@pytest.mark.parametrize("out, go_on", [
+    (None, "nothing is lost"),
+    (Path("empty"), "nothing is lost"),
+    (Path("run"), "go on with: python train.py --resume run"),
+])
+def test_what_is_said_when_another_process_has_ended(out, go_on, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("run").mkdir()
+    Path("run/last.pt").touch()
     monkeypatch.setattr(processes, "is_lost", lambda error: True)
     with pytest.raises(SystemExit, match="2"):
         with one_line_errors(make_parser(""), {}, out):
             raise RuntimeError("Connection closed by peer")
-    assert capsys.readouterr().err.endswith(f"process 0: another one has ended, so this one stops{go_on}\n")
+    assert capsys.readouterr().err.endswith(f"process 0: another one has ended, so this one stops; {go_on}\n")
 
 
 OPTIONS = ("--width 2 --depth 2 --comm-channels 4 --train-images 64 --epochs 8 --batch-size 8 --dropout 0.1 "

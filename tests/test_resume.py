@@ -164,7 +164,7 @@ def test_an_output_that_nobody_reads_says_how_to_go_on(tmp_path, monkeypatch, ca
         run(ONE_EPOCH, tmp_path / "run")
     said = capsys.readouterr().err
     assert "nobody reads what this prints any more, so it stops" in said
-    assert said.endswith(f"; go on with --resume {tmp_path / 'run'}\n")
+    assert said.endswith(f"; go on with: python train.py --resume {tmp_path / 'run'}\n")
 
 
 def test_ctrl_c_says_how_to_go_on(tmp_path, monkeypatch, capsys):
