@@ -248,5 +248,6 @@ def test_images_behind_links_are_found_and_each_folder_is_read_once(scans):
     save_black(scans.parent / "elsewhere/there.png")
     (scans / "2020/loop").symlink_to(scans)
     (scans / "2020/0").symlink_to(scans / "2021")
+    (scans / "z").symlink_to(scans / "2021")
     (scans / ".latest").symlink_to(scans / "2021")
     assert places(scans) == ["2020/tile.png", "2021/north/other.npy", "2021/tile.png", "linked/there.png"]
