@@ -3,15 +3,14 @@
 import fcntl
 import os
 import signal
-import subprocess
-import sys
+import time
+from collections import Counter
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from threading import Barrier
 
 import numpy as np
 import pytest
-from conftest import ROOT
 from test_image_folder import make_folder, save
 
 import plan
@@ -135,21 +134,19 @@ def test_a_file_that_is_removed_before_it_is_locked_holds_nothing(monkeypatch):
 
 
 def test_who_was_killed_holds_nothing_and_neither_do_its_workers():
-    forked = """
-import os, signal, time
-from pathlib import Path
-from support import folders
-folders.claim(Path("here"))
-worker = os.fork()  # as to read images
-if worker == 0:
-    time.sleep(60)
-print(worker, flush=True)
-os.kill(os.getpid(), signal.SIGKILL)
-"""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    program = subprocess.Popen([sys.executable, "-c", forked], env=environment, stdout=subprocess.PIPE)
-    worker = int(program.stdout.readline())
-    program.wait()
+    told, tell = os.pipe()
+    program = os.fork()
+    if program == 0:
+        try:
+            folders.claim(Path("here"))
+            worker = os.fork()  # as to read images
+            if worker == 0:
+                time.sleep(60)
+            os.write(tell, str(worker).encode())
+        finally:
+            os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(program, 0)
+    worker = int(os.read(told, 100))
     folders.claim(Path("here"))
     folders.give_back(Path("here"))
     os.kill(worker, signal.SIGKILL)
@@ -162,7 +159,11 @@ def test_an_empty_folder_can_be_claimed_and_a_finished_run_leaves_no_claim():
     assert (Path("here") / "metrics.json").exists()
 
 
-def test_to_read_the_options_and_to_plan_claim_nothing(somewhere_else):
+def test_to_read_the_options_and_to_plan_claim_nothing(somewhere_else, monkeypatch):
+    def predict_nothing(config):
+        return Counter(), Counter()
+
+    monkeypatch.setattr(plan, "predict", predict_nothing)
     parse(TINY, make_parser(""))
     plan.main([*TINY, "--image-size", "64", "--out", "here"])
     plan.main(TINY)
