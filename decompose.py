@@ -387,7 +387,10 @@ def generator_of(device: torch.device) -> torch.Generator:
 
 def to_device(tile: Tensor, device: torch.device) -> Tensor:
     """A tile on its device. Copies from the CPU to a GPU go through pinned memory, so that the loop
-    need not wait for one GPU before it gives work to the next."""
+    need not wait for one GPU before it gives work to the next. A copy to the CPU is waited for: the
+    CPU would read it before it is there."""
+    if device.type == "cpu":
+        return tile.to(device)
     if device.type == "cuda" and tile.device.type == "cpu":
         pinned = torch.empty_like(tile, pin_memory=True)  # in the tile's own order, so this is the only copy
         tile = pinned.copy_(tile)

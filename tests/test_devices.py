@@ -74,6 +74,15 @@ def test_with_more_tiles_than_devices_only_the_order_of_additions_differs(grid):
         assert_same_step(one, two, tolerance=1e-14)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: python -m pytest tests/test_devices.py")
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_step_on_a_gpu_and_one_shared_by_gpu_and_cpu_are_the_step_on_the_cpu(recompute):
+    gpu = torch.device("cuda", 0)
+    on_the_cpu = one_step((2, 2), [CPU])
+    assert_same_step(on_the_cpu, one_step((2, 2), [gpu], recompute), tolerance=1e-10)
+    assert_same_step(on_the_cpu, one_step((2, 2), [gpu, CPU], recompute), tolerance=1e-10)
+
+
 @pytest.mark.skipif(torch.cuda.device_count() < 2,
                     reason="needs two GPUs: CUDA_VISIBLE_DEVICES=0,1 python -m pytest tests/test_devices.py")
 @pytest.mark.parametrize("recompute", [False, True])
