@@ -114,6 +114,8 @@ class PretendDevice(TorchDispatchMode):
         if isinstance(tensor, PretendTensor):
             tensor = tensor.inner
         copied = copy(tensor, **{**kwargs, "device": CPU})
+        if target == CPU and kwargs.get("non_blocking"):
+            copied.zero_()  # as from a GPU: who does not wait for a copy reads it before it is there
         if target.type == "pretend":
             copied = PretendTensor(copied)
         return copied
