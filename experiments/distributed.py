@@ -120,7 +120,8 @@ def work(rank: int, count: int, folder: str, config: dict, steps: int):
 def measure(count: int, config: dict, steps: int) -> dict:
     """What `work` measures in so many processes."""
     with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(work, (count, folder, config, steps), nprocs=count)
+        torch.multiprocessing.start_processes(work, (count, folder, config, steps), nprocs=count,
+                                              start_method="forkserver")
         return torch.load(f"{folder}/result", weights_only=True)
 
 

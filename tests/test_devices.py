@@ -66,15 +66,19 @@ def test_a_step_on_two_devices_is_the_step_on_one_to_the_last_bit():
         assert_same_step(one, two, tolerance=0)
 
 
-@pytest.mark.parametrize("grid", [(2, 2), (3, 1)])
-def test_with_more_tiles_than_devices_only_the_order_of_additions_differs(grid):
+@pytest.mark.parametrize("grid, devices", [
+    ((2, 2), [CPU, DEVICE]),
+    ((3, 1), [DEVICE, CPU]),
+])
+def test_with_more_tiles_than_devices_only_the_order_of_additions_differs(grid, devices):
     with PretendDevice():
         one = one_step(grid, [CPU])
-        two = one_step(grid, [CPU, DEVICE])
+        two = one_step(grid, devices)
         assert_same_step(one, two, tolerance=1e-14)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: python -m pytest tests/test_devices.py")
+@pytest.mark.skipif(not torch.cuda.is_available(),
+                    reason="needs a GPU: CUDA_VISIBLE_DEVICES=0 python -m pytest tests/test_devices.py")
 @pytest.mark.parametrize("recompute", [False, True])
 def test_a_step_on_a_gpu_and_one_shared_by_gpu_and_cpu_are_the_step_on_the_cpu(recompute):
     gpu = torch.device("cuda", 0)
