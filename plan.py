@@ -22,7 +22,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import train
-from decompose import Tiling
+from decompose import Box, Tiling
 from support import processes
 from support.command import one_line_errors, open_run
 from support.loss import number_of_sums
@@ -169,16 +169,16 @@ def fake_step(config: dict) -> tuple[LiveMemory, list[Counter]]:
 def predict(config: dict) -> tuple[Counter, Counter]:
     """Peak bytes of each device, and bytes moved by (from, to), in seconds for any number of tiles.
 
-    From three and four tiles for each device on, what a phase of the step needs goes up in a
-    straight line. All GPUs are taken to have as many tiles as the first one, and all tiles to be as
-    large as the largest. With an overlap they lie side by side as if they did not overlap, which is
-    too much: a tenth to a sixth for 8 pixels around tiles of 64x64, up to twice the memory for 48.
+    Up to four tiles for each GPU, the step itself is made. With more, two steps are made, in which
+    each GPU has three tiles and four, all in a row and as large as the largest tile with its
+    overlap. From there on, what a phase needs goes up in a straight line with the number of tiles.
+    A smaller tile counts for less than one, by its pixels. With recompute those of the overlap do
+    not count, as nothing is kept of them. What is moved is told for the GPU that has the most pixels.
     """
     tiling = build_tiling(config, config["image_size"])
     devices = max(config["gpus"], 1)
     share = devices * config["image_processes"]  # all GPUs that share an image
-    tiles_of_gpu = math.ceil(len(tiling) / share)
-    if tiles_of_gpu <= 4:
+    if len(tiling) <= 4 * share:
         memory, _ = fake_step(config)
         return memory.peak, memory.moved
     height = max(bottom - top for top, bottom, _, _ in tiling.halos)
@@ -190,18 +190,31 @@ def predict(config: dict) -> tuple[Counter, Counter]:
 
     three, three_peaks = fake_step(row_of_tiles(3))
     four, four_peaks = fake_step(row_of_tiles(4))
+    boxes = tiling.boxes if config["recompute"] else tiling.halos
     peak = Counter()
-    for three_peak, four_peak in zip(three_peaks, four_peaks):
-        peak |= extend(three_peak, four_peak, tiles_of_gpu)
-    return peak, extend(three.moved, four.moved, tiles_of_gpu)
+    for gpu in range(devices):
+        device = f"cpu:{gpu + 1}"
+        first_tile = gpu * config["image_processes"]  # of this GPU; see place in train.py
+        tiles = number_of_pixels(boxes[first_tile::share]) / (height * width)
+        for three_peak, four_peak in zip(three_peaks, four_peaks):
+            needed = extend(three_peak[device], four_peak[device], tiles)
+            peak[device] = max(peak[device], needed)
+
+    pixels_of_gpus = [number_of_pixels(tiling.halos[first_tile::share]) for first_tile in range(share)]
+    tiles = max(pixels_of_gpus) / (height * width)
+    moved = Counter()
+    for way in four.moved:
+        moved[way] = extend(three.moved[way], four.moved[way], tiles)
+    return peak, moved
 
 
-def extend(three: Counter, four: Counter, tiles: int) -> Counter:
+def number_of_pixels(boxes: list[Box]) -> int:
+    return sum((bottom - top) * (right - left) for top, bottom, left, right in boxes)
+
+
+def extend(of_three: int, of_four: int, tiles: float) -> int:
     """The straight line through the values for three and for four tiles."""
-    line = Counter()
-    for key in four:
-        line[key] = four[key] + (tiles - 4) * (four[key] - three[key])
-    return line
+    return round(of_four + (tiles - 4) * (of_four - of_three))
 
 
 def of_fullest_gpu(peak: Counter) -> int:

