@@ -131,7 +131,9 @@ def find_devices(gpus: int, tiles: str) -> list[torch.device]:
     the tiles are computed; from then on only the first process prints."""
     found = min(gpus, gpus_each())
     devices = [torch.device("cuda", LOCAL_RANK * found + i) for i in range(found)]
-    if not devices:
+    if devices:
+        torch.cuda.set_device(devices[0])  # or a process would also take memory of the first GPU of all
+    else:
         devices = [torch.device("cpu")]
     line = f"{tiles} on {', '.join(map(str, devices))}"
     if found < gpus:

@@ -176,6 +176,26 @@ def test_what_the_first_process_finds_is_told_to_all_and_if_it_fails_the_others_
         assert torch.load(results_of_processes / f"told-{rank}") == [0, "SystemExit"]
 
 
+# Which GPUs are whose
+
+@pytest.mark.parametrize("local_rank, asked, expected, said", [
+    (0, 2, ["cuda:0", "cuda:1"], "tiles on cuda:0, cuda:1\n"),
+    (1, 2, ["cuda:2", "cuda:3"], "tiles on cuda:2, cuda:3\n"),
+    (1, 1, ["cuda:1"], "tiles on cuda:1\n"),
+    (1, 3, ["cuda:2", "cuda:3"], "tiles on cuda:2, cuda:3 (3 GPUs asked for, 2 found)\n"),
+])
+def test_each_process_of_a_machine_has_gpus_of_its_own(local_rank, asked, expected, said, monkeypatch, capsys):
+    current = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setattr(processes, "LOCAL_RANK", local_rank)
+    devices = processes.find_devices(asked, "tiles")
+    assert [str(device) for device in devices] == expected
+    assert capsys.readouterr().out == said
+    assert current == devices[:1]
+
+
 # A process that dies
 
 @pytest.mark.parametrize("out, go_on", [
