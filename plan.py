@@ -95,14 +95,24 @@ def without_random_numbers():
         yield
 
 
+def fullest_process(tiling: Tiling, image_processes: int) -> int:
+    """Of the processes that share an image, the one whose tiles have the most pixels, or the first of these."""
+    def pixels(process):
+        return number_of_pixels(tiling.halos[process::image_processes])
+    return max(range(image_processes), key=pixels)
+
+
 @contextlib.contextmanager
-def first_of_many(image_processes: int, moved: Counter):
-    """Inside, this process is the first of those that share an image. image_processes: how many
-    there are. The bytes that it hands over to be added up are counted in moved[TO_OTHERS]."""
+def one_of_many(process: int, image_processes: int, moved: Counter):
+    """Inside, this is one of the processes that share an image. process: its number; image_processes:
+    how many there are. The bytes that it hands over to be added up are counted in moved[TO_OTHERS]."""
     def all_reduce(tensor, group):
         moved[TO_OTHERS] += tensor.nbytes
 
-    with mock.patch.object(processes, "image_processes", image_processes):
+    def rank():
+        return process
+
+    with mock.patch.object(processes, "image_processes", image_processes), mock.patch.object(processes, "rank", rank):
         with mock.patch("torch.distributed.all_reduce", all_reduce):
             yield
 
@@ -123,18 +133,20 @@ def fake_step(config: dict) -> tuple[LiveMemory, list[Counter]]:
 
     GPU i is called "cpu:{i + 1}", a CPU with a number, for which no driver need exist. With `gpus`
     0, "cpu:1" is the CPU of a run without GPUs, and holds the images too. Of several processes that
-    share an image, it is the step of the first one, which has the most tiles.
+    share an image, it is the step of the one whose tiles have the most pixels.
     """
     devices = [torch.device("cpu", i + 1) for i in range(max(config["gpus"], 1))]
     host = devices[0]
     if config["gpus"]:
         host = torch.device("cpu")
     batch, size = config["batch_size"], config["image_size"]
+    tiling = build_tiling(config, size)
+    process = fullest_process(tiling, config["image_processes"])
     memory = LiveMemory()
     phases = Phases(memory)
     shared = config["image_processes"] > 1
     with (memory, FakeTensorMode(), without_random_numbers(),
-          first_of_many(config["image_processes"], memory.moved)):
+          one_of_many(process, config["image_processes"], memory.moved)):
         with devices[0]:  # all tensors that are made here are made on it
             model = build_from_config(config)
         for layer in train.batch_norms(model):  # which makes its number of steps on "cpu", whatever is said
@@ -152,7 +164,7 @@ def fake_step(config: dict) -> tuple[LiveMemory, list[Counter]]:
         memory.moved.clear()
         phases.begin()
         with phases.watch_tilings():
-            loss = train.batch_loss(model, images, masks, build_tiling(config, size), devices, config)
+            loss = train.batch_loss(model, images, masks, tiling, devices, config)
         phases.end()
         loss.backward()
         optimizer.step()
@@ -173,7 +185,8 @@ def predict(config: dict) -> tuple[Counter, Counter]:
     each GPU has three tiles and four, all in a row and as large as the largest tile with its
     overlap. From there on, what a phase needs goes up in a straight line with the number of tiles.
     A smaller tile counts for less than one, by its pixels. With recompute those of the overlap do
-    not count, as nothing is kept of them. What is moved is told for the GPU that has the most pixels.
+    not count, as little is kept of them. Of several processes, the most that one of them needs is
+    told for each of its GPUs.
     """
     tiling = build_tiling(config, config["image_size"])
     devices = max(config["gpus"], 1)
@@ -190,26 +203,37 @@ def predict(config: dict) -> tuple[Counter, Counter]:
 
     three, three_peaks = fake_step(row_of_tiles(3))
     four, four_peaks = fake_step(row_of_tiles(4))
-    boxes = tiling.boxes if config["recompute"] else tiling.halos
+    kept = tiles_of_gpus(config, tiling.boxes if config["recompute"] else tiling.halos, height * width)
     peak = Counter()
-    for gpu in range(devices):
-        device = f"cpu:{gpu + 1}"
-        first_tile = gpu * config["image_processes"]  # of this GPU; see place in train.py
-        tiles = number_of_pixels(boxes[first_tile::share]) / (height * width)
+    for device, tiles in kept.items():
         for three_peak, four_peak in zip(three_peaks, four_peaks):
             needed = extend(three_peak[device], four_peak[device], tiles)
             peak[device] = max(peak[device], needed)
 
-    pixels_of_gpus = [number_of_pixels(tiling.halos[first_tile::share]) for first_tile in range(share)]
-    tiles = max(pixels_of_gpus) / (height * width)
+    fetched = tiles_of_gpus(config, tiling.halos, height * width)
     moved = Counter()
     for way in four.moved:
+        # Between the first GPU and another one travels what belongs to the tiles of the other.
+        tiles = min((fetched[device] for device in way if device in fetched), default=max(fetched.values()))
         moved[way] = extend(three.moved[way], four.moved[way], tiles)
     return peak, moved
 
 
 def number_of_pixels(boxes: list[Box]) -> int:
     return sum((bottom - top) * (right - left) for top, bottom, left, right in boxes)
+
+
+def tiles_of_gpus(config: dict, boxes: list[Box], pixels_of_a_tile: int) -> dict[str, float]:
+    """How many tiles each GPU has, counted by the pixels of their boxes; of several processes, the most."""
+    devices = max(config["gpus"], 1)
+    tiles = {}
+    for gpu in range(devices):
+        pixels = []
+        for process in range(config["image_processes"]):
+            boxes_of_process = boxes[process::config["image_processes"]]  # as in own_tiles, support/processes.py
+            pixels.append(number_of_pixels(boxes_of_process[gpu::devices]))  # as in place, train.py
+        tiles[f"cpu:{gpu + 1}"] = max(pixels) / pixels_of_a_tile
+    return tiles
 
 
 def extend(of_three: int, of_four: int, tiles: float) -> int:
@@ -295,7 +319,7 @@ def print_step(config: dict, peak: Counter, moved: Counter):
     tiling = build_tiling(config, config["image_size"])
     line = f"One training step, {len(tiling)} tiles, batch {config['batch_size']}"
     if config["image_processes"] > 1:
-        line += f", the first of {config['image_processes']} processes that share an image"
+        line += f", the fullest of {config['image_processes']} processes that share an image"
     if config["recompute"]:
         line += ", recompute"
     if config["amp"]:

@@ -127,8 +127,9 @@ def gpus_each() -> int:
 
 
 def find_devices(gpus: int, tiles: str) -> list[torch.device]:
-    """The GPUs that are asked for, as far as they exist, or else the CPU. Says in one line where
-    the tiles are computed; from then on only the first process prints."""
+    """The GPUs that are asked for, as far as they exist, or else the CPU. The first of them becomes
+    the current one. Says in one line where the tiles are computed; from then on only the first
+    process prints."""
     found = min(gpus, gpus_each())
     devices = [torch.device("cuda", LOCAL_RANK * found + i) for i in range(found)]
     if devices:

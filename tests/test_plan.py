@@ -143,6 +143,14 @@ def test_what_two_gpus_exchange_is_weights_statistics_coarse_maps_and_sums():
     assert memory.moved["cpu:2", "cpu:1"] == expected + 2 * statistics  # back in float64
 
 
+def test_of_several_processes_the_one_with_most_pixels_is_told():
+    config = configuration("--gpus 1 --depth 1 --grid 1x3 --image-size 64x192 --overlap 16 --image-processes 3")
+    memory, _ = plan.fake_step(config)
+    alone, _ = plan.fake_step({**config, "image_processes": 1, "grid": (1, 1), "image_size": (64, 96), "overlap": 0,
+                               "comm_channels": 0})  # the tile in the middle is as large
+    assert memory.moved["cpu", "cpu:1"] == alone.moved["cpu", "cpu:1"] - 64 * 32  # but its mask has no overlap
+
+
 # Any number of tiles
 
 def test_with_many_tiles_memory_goes_up_in_a_straight_line():
@@ -151,14 +159,19 @@ def test_with_many_tiles_memory_goes_up_in_a_straight_line():
     whole, _ = plan.fake_step(config)
     for gpu in ("cpu:1", "cpu:2"):
         assert peak[gpu] == pytest.approx(whole.peak[gpu], rel=0.02)
-    assert moved["cpu", "cpu:1"] == whole.moved["cpu", "cpu:1"]
+        assert moved["cpu", gpu] == whole.moved["cpu", gpu]
 
 
-def test_tiles_that_overlap_and_are_smaller_at_the_edge_count_for_as_much_as_they_are():
-    config = configuration("--gpus 1 --depth 3 --grid 5x1 --image-size 160x32 --overlap 8")
+@pytest.mark.parametrize("options", [
+    "--depth 3 --grid 5x1 --image-size 160x32 --overlap 8",
+    "--depth 3 --grid 5x1 --image-size 160x32 --overlap 8 --recompute",
+    "--depth 2 --grid 5x3 --image-size 160x96 --overlap 4 --image-processes 3",
+])
+def test_tiles_that_overlap_and_are_smaller_at_the_edge_count_for_as_much_as_they_are(options):
+    config = configuration(f"--gpus 1 {options}")
     peak, _ = plan.predict(config)
     whole, _ = plan.fake_step(config)
-    assert 1 <= peak["cpu:1"] / whole.peak["cpu:1"] < 1.05
+    assert 1 <= peak["cpu:1"] / whole.peak["cpu:1"] < 1.08
 
 
 @pytest.mark.parametrize("tiles, options", [
