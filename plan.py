@@ -203,28 +203,37 @@ def predict(config: dict) -> tuple[Counter, Counter]:
 
     three, three_peaks = fake_step(row_of_tiles(3))
     four, four_peaks = fake_step(row_of_tiles(4))
-    kept = tiles_of_gpus(config, tiling.boxes if config["recompute"] else tiling.halos, height * width)
+    fetched = tiles_of_gpus(config, tiling.halos, height * width)
+    kept = fetched
+    if config["recompute"]:
+        kept = tiles_of_gpus(config, tiling.boxes, height * width)
+
     peak = Counter()
     for device, tiles in kept.items():
         for three_peak, four_peak in zip(three_peaks, four_peaks):
             needed = extend(three_peak[device], four_peak[device], tiles)
             peak[device] = max(peak[device], needed)
 
-    fetched = tiles_of_gpus(config, tiling.halos, height * width)
     moved = Counter()
     for way in four.moved:
         # Between the first GPU and another one travels what belongs to the tiles of the other.
-        tiles = min((fetched[device] for device in way if device in fetched), default=max(fetched.values()))
+        tiles = max(fetched.values())
+        for device in way:
+            tiles = min(tiles, fetched.get(device, tiles))
         moved[way] = extend(three.moved[way], four.moved[way], tiles)
     return peak, moved
 
 
 def number_of_pixels(boxes: list[Box]) -> int:
+    """In all these boxes together."""
     return sum((bottom - top) * (right - left) for top, bottom, left, right in boxes)
 
 
 def tiles_of_gpus(config: dict, boxes: list[Box], pixels_of_a_tile: int) -> dict[str, float]:
-    """How many tiles each GPU has, counted by the pixels of their boxes; of several processes, the most."""
+    """How many tiles each GPU has, counted by the pixels of their boxes; of several processes, the most.
+
+    boxes: of all tiles. pixels_of_a_tile: how many count as one tile.
+    """
     devices = max(config["gpus"], 1)
     tiles = {}
     for gpu in range(devices):

@@ -162,16 +162,16 @@ def test_with_many_tiles_memory_goes_up_in_a_straight_line():
         assert moved["cpu", gpu] == whole.moved["cpu", gpu]
 
 
-@pytest.mark.parametrize("options", [
-    "--depth 3 --grid 5x1 --image-size 160x32 --overlap 8",
-    "--depth 3 --grid 5x1 --image-size 160x32 --overlap 8 --recompute",
-    "--depth 2 --grid 5x3 --image-size 160x96 --overlap 4 --image-processes 3",
+@pytest.mark.parametrize("options, at_most", [
+    ("--depth 3 --grid 5x1 --image-size 160x32 --overlap 8", 1.08),
+    ("--depth 2 --grid 4x3 --image-size 128x96 --overlap 16 --recompute", 1.15),
+    ("--depth 2 --grid 5x3 --image-size 160x96 --overlap 4 --image-processes 3", 1.08),
 ])
-def test_tiles_that_overlap_and_are_smaller_at_the_edge_count_for_as_much_as_they_are(options):
+def test_tiles_that_overlap_and_are_smaller_at_the_edge_count_for_as_much_as_they_are(options, at_most):
     config = configuration(f"--gpus 1 {options}")
     peak, _ = plan.predict(config)
     whole, _ = plan.fake_step(config)
-    assert 1 <= peak["cpu:1"] / whole.peak["cpu:1"] < 1.08
+    assert 1 <= peak["cpu:1"] / whole.peak["cpu:1"] < at_most
 
 
 @pytest.mark.parametrize("tiles, options", [
