@@ -72,13 +72,13 @@ def measure(folder: Path, data: Path, options: list[str], workers: int) -> list[
 def main(arguments: list[str] | None = None):
     asked = make_parser(__doc__.splitlines()[0]).parse_args(arguments)
     folder = make_folder("loading", asked.quick)
-    count, side, crop = (16, 2448, "512")
+    count, side, crop, epochs = (16, 2448, "512", "3")
     if asked.quick:
-        count, side, crop = (4, 64, "32")
+        count, side, crop, epochs = (4, 64, "32", "1")
     data = folder / "images"
     if not data.exists():
         make_images(data, count, side)
-    options = ["--crop", crop, "--batch-size", "4", "--epochs", "3"]
+    options = ["--crop", crop, "--batch-size", "4", "--epochs", epochs]
     rows = []
     for workers in (0, 1, 2):
         rows.append(measure(folder, data, options, workers))

@@ -216,7 +216,7 @@ def main(arguments: list[str] | None = None):
     machine = name_machine(gpus)
     network = {**NETWORK, "gpus": gpus}
     if asked.quick:
-        asked.sizes = [64, 128]
+        asked.sizes = [128]
         network.update(width=2, depth=1, comm_channels=4, grid=(1, 2), gpus=min(gpus, 2))
 
     folder = make_folder("memory", asked.quick)

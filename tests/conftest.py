@@ -1,6 +1,6 @@
-import multiprocessing
 import os
 import sys
+from multiprocessing import forkserver
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tests' tensors are too small to share among threads
@@ -16,9 +16,6 @@ from support import loaders, plots
 
 MOST_WORKERS = loaders.MOST_WORKERS
 loaders.MOST_WORKERS = 0  # unless a test asks for --workers: to start one takes longer than to read small images
-
-# New processes are forked from one that has imported these already, as it takes seconds to import them.
-multiprocessing.set_forkserver_preload(["torch", "torch._dynamo", "matplotlib.pyplot", "pytest"])
 
 CPU = torch.device("cpu")
 CONFIG = {  # of a small network, in the form in which train.py and a checkpoint hold it
@@ -53,6 +50,13 @@ def assert_all_close(tensors, expected, tolerance: float):
     """Two lists of tensors are equal up to an absolute tolerance. With a tolerance of 0, they are equal."""
     for tensor, other in zip(tensors, expected, strict=True):
         torch.testing.assert_close(tensor, other, rtol=0, atol=tolerance)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def processes_start_quickly():
+    """New processes are forked from one that has imported these already. It does so while the first tests run."""
+    forkserver.set_forkserver_preload(["torch", "torch._dynamo", "matplotlib.pyplot", "pytest"])
+    forkserver.ensure_running()
 
 
 @pytest.fixture(autouse=True)

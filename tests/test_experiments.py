@@ -18,12 +18,12 @@ from support import processes
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
 SCRIPTS = [  # script, rows of its table of results, name of a score, what its Markdown table tells
-    (reach, 16, "line_iou", "plain U-Net, depth 5"),
+    (reach, 8, "line_iou", "plain U-Net, depth 5"),
     (comm_channels, 3, "line", "| 2 | 8 | "),
     (control, 3, "line", "same network, no exchange"),
     (generalise, 13, "line", "| 256x256 | 8x8 | any two tiles |"),
     (deepglobe, 9, "mean_iou", "| 0.6680 |"),
-    (memory, 14, "peak_mib", "| 128x128 |"),
+    (memory, 7, "peak_mib", "| 128x128 |"),
     (norm, 6, "score", "| areas | 2 | plain U-Net, whole image |"),
 ]
 
@@ -33,6 +33,14 @@ def folder(tmp_path, monkeypatch):
     """An empty folder, in which the experiments run."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+def column_of_table(path, number: int) -> list[str]:
+    """The cells of the first, second ... column of a Markdown table, with its heading and the line below that."""
+    cells = []
+    for line in path.read_text().splitlines():
+        cells.append(line.split("|")[number].strip())
+    return cells
 
 
 def test_three_models_side_by_side_and_the_idea_in_one_picture(folder, monkeypatch, capsys):
@@ -50,9 +58,16 @@ def test_three_models_side_by_side_and_the_idea_in_one_picture(folder, monkeypat
 
 # The benchmark
 
+ONE_SIZE = "--sizes 32 --grid 1x2 --width 2 --depth 1 --comm-channels 4 --rounds 1".split()
+
+
 def everything_fits(config):
     """In place of plan.predict, which takes longer than the steps themselves."""
     return Counter(), Counter()
+
+
+def one_gib(config):
+    return Counter({"cpu:1": 2**30}), Counter()
 
 
 def only_recompute_fits(config):
@@ -91,7 +106,7 @@ def test_a_contestant_enters_if_the_machine_holds_what_is_predicted_for_it(monke
 
 def test_a_contestant_that_does_not_fit_is_out_of_memory(folder, monkeypatch, capsys):
     monkeypatch.setattr(plan, "predict", only_recompute_fits)
-    benchmark.main("--sizes 32 --grid 2x2 --width 2 --depth 2 --comm-channels 8 --rounds 1".split())
+    benchmark.main(ONE_SIZE)
     *lines, last = capsys.readouterr().out.splitlines()
     for line in lines:
         assert line.endswith("out of memory") == ("recompute" not in line)
@@ -112,7 +127,7 @@ def test_a_contestant_that_fitted_alone_but_not_beside_the_others_is_out_of_memo
 
     monkeypatch.setattr(plan, "predict", everything_fits)
     monkeypatch.setattr(benchmark.Contestant, "seconds", no_room_for_the_plain_network)
-    benchmark.main("--sizes 32 --grid 2x2 --width 2 --depth 2 --comm-channels 8 --rounds 1".split())
+    benchmark.main(ONE_SIZE)
     *lines, _ = capsys.readouterr().out.splitlines()
     for line in lines:
         assert line.endswith("out of memory") == ("plain U-Net" in line)
@@ -143,19 +158,19 @@ def test_processes_exchange_their_gradients_once_coarse_maps_and_a_few_numbers(f
 def test_a_step_on_paper_is_told_for_each_number_of_gpus(folder, monkeypatch):
     smaller = "--width 2 --depth 1 --comm-channels 2 --batch-size 1 --recompute --amp"
     monkeypatch.setattr(simulation, "NETWORK", smaller.split())
+    monkeypatch.setattr(plan, "predict", one_gib)
     simulation.main(["--quick"])
-    lines = (folder / "runs/simulation-quick/simulation.md").read_text().splitlines()
-    gpus = [line.split("|")[2].strip() for line in lines]
-    assert gpus == ["GPUs", "---", "1", "2"]
+    table = folder / "runs/simulation-quick/simulation.md"
+    assert column_of_table(table, 2) == ["GPUs", "---", "1", "2"]
+    assert column_of_table(table, 8) == ["GiB of a GPU", "---", "1.0", "1.0"]
 
 
 # Those of the loaders
 
 def test_waiting_is_measured_for_each_number_of_workers(folder):
     loading.main(["--quick"])
-    lines = (folder / "runs/loading-quick/loading.md").read_text().splitlines()
-    workers = [line.split("|")[1].strip() for line in lines]
-    assert workers == ["workers", "---", "0", "1", "2"]
+    table = folder / "runs/loading-quick/loading.md"
+    assert column_of_table(table, 1) == ["workers", "---", "0", "1", "2"]
 
 
 # The object that is rare
@@ -163,9 +178,8 @@ def test_waiting_is_measured_for_each_number_of_workers(folder):
 def test_a_rare_object_is_looked_for_with_and_without_weights_of_the_classes(folder, monkeypatch):
     monkeypatch.setattr(rare, "IMAGES", {"train": 4, "val": 1, "test": 1})
     rare.main(["--quick", "--seeds", "0"])
-    lines = (folder / "runs/rare-quick/rare-epochs1.md").read_text().splitlines()
-    found = [line.split("|")[1].strip() for line in lines]
-    assert found == ["class weights", "---", "all the same", "balanced"]
+    table = folder / "runs/rare-quick/rare-epochs1.md"
+    assert column_of_table(table, 1) == ["class weights", "---", "all the same", "balanced"]
 
 
 # Those that add to a file of results
@@ -173,12 +187,18 @@ def test_a_rare_object_is_looked_for_with_and_without_weights_of_the_classes(fol
 FEWER = ["--train-images", "4"]
 
 
+def draw_nothing(path, rows):
+    pass
+
+
 def make_smaller(script, monkeypatch):
-    """Smoke runs learn from fewer synthetic images. The last option counts."""
+    """Smoke runs learn from fewer synthetic images, and those of reach train fewer models. The last option counts."""
     if script is norm:
         monkeypatch.setitem(norm.QUICK_OPTIONS, "lines", norm.QUICK + FEWER)
     elif script in (comm_channels, control, generalise, reach):
         monkeypatch.setattr(script, "QUICK", script.QUICK + FEWER)
+    if script is reach:
+        monkeypatch.setitem(reach.GRIDS, "4x4", ["dilations 1 2 4, K 32", "plain U-Net, depth 5"])
 
 
 @pytest.mark.parametrize("script, rows, score, told", SCRIPTS)
@@ -198,6 +218,7 @@ def test_a_quick_run_leaves_results_a_table_and_a_picture_and_makes_nothing_twic
 
     before = csv.read_text()
     monkeypatch.setattr(train, "main", None)  # another training would fail
+    monkeypatch.setattr(script, "draw", draw_nothing)
     script.main(["--quick"])
     assert csv.read_text() == before
 

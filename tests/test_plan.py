@@ -12,7 +12,7 @@ from support.model import build_from_config
 from support.options import make_parser, parse
 from support.sizes import build_tiling
 
-SMALL = "--width 4 --depth 2 --batch-size 1 --comm-channels 4 --image-size 128 --no-amp --out".split()
+SMALL = "--width 4 --depth 1 --batch-size 1 --comm-channels 4 --image-size 128 --no-amp --out".split()
 MIB = 2**20
 
 
@@ -75,7 +75,7 @@ class RealTraining:
     "--grid 1x1 --comm-channels 0",
     "--grid 1x3",
     "--grid 2x2 --recompute",
-    "--grid 3x1 --overlap 8 --recompute --dropout 0.1",
+    "--depth 2 --grid 3x1 --overlap 8 --recompute --dropout 0.1",
     "--grid 2x2 --amp",
     "--grid 2x2 --recompute --amp",
 ])
@@ -88,7 +88,7 @@ def test_the_prediction_is_a_real_step_within_two_percent(options):
 
 def peak_of_tiles(tiles: int, options: str) -> int:
     """Bytes on the only GPU, for a row of tiles of 64x64 pixels."""
-    config = configuration(f"--gpus 1 --depth 1 --grid 1x{tiles} --image-size 64x{64 * tiles} {options}")
+    config = configuration(f"--gpus 1 --grid 1x{tiles} --image-size 64x{64 * tiles} {options}")
     memory, _ = plan.fake_step(config)
     return memory.peak["cpu:1"]
 
@@ -134,8 +134,8 @@ def test_what_two_gpus_exchange_is_weights_statistics_coarse_maps_and_sums():
     halves = (model.encoder, model.decoder)
     weights = sum(number_of_bytes(half.parameters()) for half in halves)  # or their gradients
     statistics = sum(number_of_bytes(half.buffers()) for half in halves)
-    counters = 8 * 10  # of the steps of batch norm
-    coarse_map = 4 * (4 * 16 * 16)
+    counters = 8 * 6  # of the steps of batch norm
+    coarse_map = 4 * (4 * 32 * 32)
     sums = 4 * 8  # of the loss, or their gradient
     # Each way goes the map, and the gradient of the map that came.
     expected = weights + counters + 2 * coarse_map + sums
@@ -144,7 +144,7 @@ def test_what_two_gpus_exchange_is_weights_statistics_coarse_maps_and_sums():
 
 
 def test_of_several_processes_the_one_with_most_pixels_is_told():
-    config = configuration("--gpus 1 --depth 1 --grid 1x3 --image-size 64x192 --overlap 16 --image-processes 3")
+    config = configuration("--gpus 1 --grid 1x3 --image-size 64x192 --overlap 16 --image-processes 3")
     memory, _ = plan.fake_step(config)
     alone, _ = plan.fake_step({**config, "image_processes": 1, "grid": (1, 1), "image_size": (64, 96), "overlap": 0,
                                "comm_channels": 0})  # the tile in the middle is as large
@@ -154,7 +154,7 @@ def test_of_several_processes_the_one_with_most_pixels_is_told():
 # Any number of tiles
 
 def test_with_many_tiles_memory_goes_up_in_a_straight_line():
-    config = configuration("--gpus 2 --depth 1 --grid 3x3 --image-size 96")  # five tiles and four
+    config = configuration("--gpus 2 --grid 3x3 --image-size 96")  # five tiles and four
     peak, moved = plan.predict(config)
     whole, _ = plan.fake_step(config)
     for gpu in ("cpu:1", "cpu:2"):
@@ -163,8 +163,8 @@ def test_with_many_tiles_memory_goes_up_in_a_straight_line():
 
 
 @pytest.mark.parametrize("options, at_most", [
-    ("--depth 3 --grid 5x1 --image-size 160x32 --overlap 8", 1.08),
-    ("--depth 2 --grid 4x3 --image-size 128x96 --overlap 16 --recompute", 1.15),
+    ("--depth 2 --grid 5x1 --image-size 160x32 --overlap 8", 1.08),
+    ("--depth 1 --grid 5x1 --image-size 160x32 --overlap 16 --recompute", 1.15),
     ("--depth 2 --grid 5x3 --image-size 160x96 --overlap 4 --image-processes 3", 1.08),
 ])
 def test_tiles_that_overlap_and_are_smaller_at_the_edge_count_for_as_much_as_they_are(options, at_most):
@@ -175,9 +175,9 @@ def test_tiles_that_overlap_and_are_smaller_at_the_edge_count_for_as_much_as_the
 
 
 @pytest.mark.parametrize("tiles, options", [
-    (5, "--depth 2 --width 32 --comm-channels 0"),
+    (5, "--width 32 --comm-channels 0"),
     (5, "--depth 2 --width 32 --recompute"),
-    (6, "--depth 1 --comm-channels 8 --recompute"),
+    (6, "--comm-channels 8 --recompute"),
 ])
 def test_with_many_small_tiles_too_where_weights_and_coarse_map_weigh_as_much_as_the_activations(tiles, options):
     config = configuration(f"--gpus 1 --grid 1x{tiles} --image-size 32x{32 * tiles} {options}")
@@ -203,7 +203,7 @@ def predictions_are_kept(monkeypatch):
 
 
 def test_the_largest_image_fits_and_a_larger_one_does_not(predictions_are_kept):
-    config = configuration("--gpus 1 --depth 1 --grid 2x1 --recompute")
+    config = configuration("--gpus 1 --grid 2x1 --recompute")
     side = plan.largest_image(config, 16 * MIB)
     larger = side + 4
     assert plan.fullest({**config, "image_size": (side, side)}) <= 16 * MIB
@@ -233,7 +233,7 @@ def test_the_largest_image_fits_where_memory_is_no_straight_line_and_tiles_are_n
     ("--grid 1x1", 0.5, "--grid 2x2 --recompute"),
 ])
 def test_what_is_said_to_fit_fits(options, part, expected, predictions_are_kept):
-    options = f"--gpus 1 --depth 1 {options}"
+    options = f"--gpus 1 {options}"
     config = configuration(options)
     limit = part * plan.fullest(config)
     said = plan.what_fits(config, limit)
@@ -271,7 +271,7 @@ def test_every_gpu_and_every_model_is_told(monkeypatch, capsys):
         return int(memory / plan.fullest(config))
 
     monkeypatch.setattr(plan, "largest_image", steps_that_fit)  # instead of a search for the largest image
-    plan.main(SMALL + "none --depth 1 --gpus 2 --grid 1x2 --memory 1".split())
+    plan.main(SMALL + "none --gpus 2 --grid 1x2 --memory 1".split())
     told = capsys.readouterr().out
     assert "2 tiles" in told
     assert "GPU 0: peak" in told

@@ -214,7 +214,7 @@ def test_what_is_said_when_another_process_has_ended(out, go_on, tmp_path, monke
     assert capsys.readouterr().err.endswith(f"process 0: another one has ended, so this one stops; {go_on}\n")
 
 
-OPTIONS = ("--width 2 --depth 2 --comm-channels 4 --train-images 64 --epochs 8 --batch-size 8 --dropout 0.1 "
+OPTIONS = ("--width 2 --depth 2 --comm-channels 4 --train-images 32 --epochs 8 --batch-size 8 --dropout 0.1 "
            "--image-processes 2").split()
 
 

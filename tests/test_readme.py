@@ -27,7 +27,7 @@ README = TEXTS[ROOT / "README.md"]
 LESSON = ("unet.py", "comm_net.py", "decompose.py", "train.py")
 SCRIPTS = (*LESSON, "synthetic.py", "predict.py", "plan.py")
 ALONE = ("unet.py", "comm_net.py", "decompose.py", "synthetic.py")
-SMALL = "--width 4 --epochs 1 --batch-size 4".split()
+SMALL = "--width 4 --epochs 1 --batch-size 8".split()
 
 
 def code_blocks(language: str, without: str = "") -> list[str]:
@@ -111,7 +111,7 @@ TRAINING = commands_of("python train.py")
 
 
 @pytest.mark.parametrize("command", [line for line in TRAINING if "--resume" in line])
-def test_every_command_that_resumes_runs(command, place, capsys):
+def test_every_command_that_resumes_runs(command, place, capsys, no_pictures):
     run(command, place)
     said = "1 of 1 epochs are done; to train longer, begin a new run with its weights: --init"
     assert said in capsys.readouterr().out

@@ -39,7 +39,8 @@ WORLDS = {  # (processes, how many of them share an image): the cases
 }
 SHARED = [(shared, case) for world, shared in WORLDS if world == shared for case in WORLDS[world, shared]]
 SHORT_RUN = "--train-images 16 --epochs 1 --batch-size 8 --width 4 --comm-channels 8 --no-amp".split()
-PLANNED = "--image-size 128 --grid 2x2 --image-processes 2"
+ON_PAPER = "--depth 2 --image-size 128 --grid 2x2"
+PLANNED = ON_PAPER + " --image-processes 2"
 
 
 class Noise(Dataset):
@@ -214,7 +215,7 @@ def test_the_plan_of_a_process_is_what_it_needs_and_what_it_hands_over(case, opt
 def test_two_processes_need_half_of_the_activations_each(results):
     """Beyond the images, the weights and what belongs to them. Not halved are the coarse maps, and
     what a tile needs only while it is computed."""
-    config = configuration("--image-size 128 --grid 2x2")
+    config = configuration(ON_PAPER)
     alone = RealTraining(config)
     (peak, _), _ = torch.load(results / "measured-0")
     weights = sum(weight.nbytes for weight in alone.model.parameters())

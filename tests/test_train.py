@@ -13,7 +13,7 @@ from support.model import load_model
 from unet import UNet
 
 CPU = torch.device("cpu")
-SMALL = "--width 2 --depth 2 --comm-channels 4 --train-images 8 --epochs 2 --batch-size 4".split()
+SMALL = "--width 2 --depth 2 --comm-channels 4 --train-images 8 --epochs 2 --batch-size 8".split()
 
 
 def run(out, *options) -> dict:
