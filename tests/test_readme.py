@@ -192,16 +192,9 @@ def test_the_example_that_predicts_does_what_predict_does(place, tmp_path, monke
     assert (found.numpy() != expected).mean() < 0.001
 
 
-def run_alone(code: str, folder):
-    """In a program of its own, for which there are no other files than those in the folder."""
-    (folder / "example.py").write_text(code)
-    environment = {**os.environ, "PYTHONPATH": ""}
-    result = subprocess.run([sys.executable, "example.py"], cwd=folder, capture_output=True, text=True, env=environment)
-    assert result.returncode == 0, result.stderr
-
-
 def test_each_file_that_stands_alone_works_in_an_empty_folder(tmp_path):
-    """One program imports them, each from a folder of its own, since to start a program takes longer."""
+    """One program imports them, each from a folder of its own, since to start a program takes longer. The
+    example of decompose.py runs there too."""
     code = "import sys\n"
     for name in ALONE:
         folder = tmp_path / f"only {name}"
@@ -209,13 +202,12 @@ def test_each_file_that_stands_alone_works_in_an_empty_folder(tmp_path):
         (folder / name).write_text((ROOT / name).read_text())
         module = name.removesuffix(".py")
         code += f"sys.path.insert(0, {str(folder)!r})\nimport {module}\ndel sys.path[0], sys.modules[{module!r}]\n"
-    run_alone(code, tmp_path)
-
-
-def test_the_example_of_decompose_needs_no_other_file(tmp_path):
     (example,) = [code for code in EXAMPLES if "class Down" in code]
-    (tmp_path / "decompose.py").write_text((ROOT / "decompose.py").read_text())
-    run_alone(example, tmp_path)
+    code += f"sys.path.insert(0, {str(tmp_path / 'only decompose.py')!r})\n{example}"
+    (tmp_path / "alone.py").write_text(code)
+    environment = {**os.environ, "PYTHONPATH": ""}
+    result = subprocess.run([sys.executable, "alone.py"], cwd=tmp_path, capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stderr
 
 
 # Names, lengths and links
