@@ -1,5 +1,8 @@
+import json
 import os
+import subprocess
 import sys
+import tempfile
 from multiprocessing import forkserver
 from pathlib import Path
 
@@ -50,6 +53,68 @@ def assert_all_close(tensors, expected, tolerance: float):
     """Two lists of tensors are equal up to an absolute tolerance. With a tolerance of 0, they are equal."""
     for tensor, other in zip(tensors, expected, strict=True):
         torch.testing.assert_close(tensor, other, rtol=0, atol=tolerance)
+
+
+# All tests run in two processes, as most of them need one core only: this one, and one that it starts
+
+class Reports:
+    """Of the second process: what it has to report is kept, and left in a file at the end."""
+
+    def __init__(self, config):
+        self.config = config
+        self.reports = []
+
+    def pytest_runtest_logreport(self, report):
+        self.reports.append(self.config.hook.pytest_report_to_serializable(config=self.config, report=report))
+
+    def pytest_sessionfinish(self):
+        self.config.option.reports.write_text(json.dumps(self.reports))
+
+
+def pytest_addoption(parser):
+    parser.addoption("--reports", type=Path, help="given to the second process: the file for its reports")
+
+
+def pytest_configure(config):
+    if config.option.reports:
+        config.pluginmanager.register(Reports(config))
+
+
+def half_of(items, number: int) -> list:
+    """The tests of every other file. number: 0 or 1. Sorted by size, the halves need about as long."""
+    files = sorted({item.path for item in items}, key=lambda path: path.stat().st_size)
+    return [item for item in items if item.path in files[number::2]]
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtestloop(session):
+    """Runs the tests. Where all are asked for, the first process starts the second one, and in the end
+    reports what that has found as if it were its own."""
+    config = session.config
+    files_are_named = config.args_source is pytest.Config.ArgsSource.ARGS
+    if files_are_named or config.option.collectonly or config.option.usepdb:
+        return (yield)
+    if config.option.reports:
+        session.items = half_of(session.items, 1)
+        return (yield)
+
+    session.items = half_of(session.items, 0)
+    with tempfile.TemporaryDirectory() as folder:
+        reports = Path(folder, "reports.json")
+        output = Path(folder, "output.txt")
+        command = [sys.executable, "-m", "pytest", *config.invocation_params.args, "--reports", reports]
+        with open(output, "w") as file:
+            second = subprocess.Popen(command, stdout=file, stderr=file)
+        result = yield
+        second.wait()
+        if not reports.exists():
+            pytest.exit(f"the second process of the tests has ended early:\n{output.read_text()}", returncode=1)
+        for data in json.loads(reports.read_text()):
+            report = config.hook.pytest_report_from_serializable(config=config, data=data)
+            if report.when == "setup":
+                config.hook.pytest_runtest_logstart(nodeid=report.nodeid, location=report.location)
+            config.hook.pytest_runtest_logreport(report=report)
+    return result
 
 
 @pytest.fixture(autouse=True, scope="session")
