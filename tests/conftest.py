@@ -55,10 +55,10 @@ def assert_all_close(tensors, expected, tolerance: float):
         torch.testing.assert_close(tensor, other, rtol=0, atol=tolerance)
 
 
-# All tests run in two processes, as most of them need one core only: this one, and one that it starts
+# All tests run in two processes, as most of them need one core only
 
 class Reports:
-    """Of the second process: what it has to report is kept, and left in a file at the end."""
+    """Of the second process: what it has to report is kept, and left in a file when all tests have run."""
 
     def __init__(self, config):
         self.config = config
@@ -67,8 +67,10 @@ class Reports:
     def pytest_runtest_logreport(self, report):
         self.reports.append(self.config.hook.pytest_report_to_serializable(config=self.config, report=report))
 
-    def pytest_sessionfinish(self):
-        self.config.option.reports.write_text(json.dumps(self.reports))
+    def pytest_sessionfinish(self, exitstatus):
+        stopped = exitstatus in (pytest.ExitCode.INTERRUPTED, pytest.ExitCode.INTERNAL_ERROR)
+        if not stopped:
+            self.config.option.reports.write_text(json.dumps(self.reports))
 
 
 def pytest_addoption(parser):
@@ -88,11 +90,13 @@ def half_of(items, number: int) -> list:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtestloop(session):
-    """Runs the tests. Where all are asked for, the first process starts the second one, and in the end
-    reports what that has found as if it were its own."""
+    """Runs the tests. The first process starts the second one, and in the end reports what that has
+    found as if it were its own. Where files are named, and with --pdb, there is one process only, and
+    where pytest-xdist is installed, its option -n does the same."""
     config = session.config
     files_are_named = config.args_source is pytest.Config.ArgsSource.ARGS
-    if files_are_named or config.option.collectonly or config.option.usepdb:
+    has_xdist = config.pluginmanager.hasplugin("xdist")
+    if files_are_named or config.option.collectonly or config.option.usepdb or has_xdist:
         return (yield)
     if config.option.reports:
         session.items = half_of(session.items, 1)
@@ -108,7 +112,7 @@ def pytest_runtestloop(session):
         result = yield
         second.wait()
         if not reports.exists():
-            pytest.exit(f"the second process of the tests has ended early:\n{output.read_text()}", returncode=1)
+            pytest.exit(f"the second process of the tests was stopped:\n{output.read_text()}", returncode=1)
         for data in json.loads(reports.read_text()):
             report = config.hook.pytest_report_from_serializable(config=config, data=data)
             if report.when == "setup":
