@@ -397,6 +397,12 @@ def to_device(tile: Tensor, device: torch.device) -> Tensor:
     return tile.to(device, non_blocking=True)
 
 
+# Modules are run one after the other: in the backward pass with recompute, autograd runs the tiles
+# of each GPU in a thread of its own, and two threads in one module would mix up its weights. There
+# is one lock for all, because two modules may share layers.
+LOCK = threading.RLock()
+
+
 class SharedModule:
     """A module with one set of weights that is run on many tiles, each on its own device.
 
@@ -433,16 +439,14 @@ class SharedModule:
             self.buffers[device].update(self.copy_changing(self.buffers[device]))
         self.sums = {}  # for each device: the new buffers of its tiles, one after the other, added up
         self.counted = set()  # the tiles that are in these sums
-        self.lock = threading.Lock()
 
     def __call__(self, i: int, *inputs):
         """What the module makes of the inputs of tile i, which lie on placement[i]."""
         weights = self.weights_for(i)
         buffers = self.buffers_for(i)
         # functional_call runs the module with these weights and buffers in place of its own, which
-        # it puts back afterwards. In the backward pass with recompute, autograd runs the tiles of
-        # each GPU in a thread of its own, and without the lock they would mix up their weights.
-        with self.lock, random_numbers_of(self.seeds[i], self.placement[i]):
+        # it puts back afterwards.
+        with LOCK, random_numbers_of(self.seeds[i], self.placement[i]):
             outputs = functional_call(self.module, (weights, buffers), inputs, tie_weights=False)
         self.count(i, buffers)
         return outputs

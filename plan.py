@@ -12,6 +12,7 @@ fit.
 """
 
 import contextlib
+import functools
 import math
 import sys
 from collections import Counter
@@ -69,7 +70,6 @@ class Phases:
             return tiles
 
         def watched_stitch(tiling, tiles, **options):
-            self.end()
             return self.watch(stitch(tiling, tiles, **options))
 
         with mock.patch.object(Tiling, "split", watched_split), mock.patch.object(Tiling, "stitch", watched_stitch):
@@ -93,13 +93,6 @@ def without_random_numbers():
 
     with mock.patch("decompose.draw_seeds", no_seeds), mock.patch("decompose.random_numbers_of", no_random_numbers):
         yield
-
-
-def fullest_process(tiling: Tiling, image_processes: int) -> int:
-    """Of the processes that share an image, the one whose tiles have the most pixels, or the first of these."""
-    def pixels(process):
-        return number_of_pixels(tiling.halos[process::image_processes])
-    return max(range(image_processes), key=pixels)
 
 
 @contextlib.contextmanager
@@ -128,12 +121,12 @@ def keep_gradients_in_buckets(model: torch.nn.Module):
         weight.register_post_accumulate_grad_hook(copy_to_bucket)
 
 
-def fake_step(config: dict) -> tuple[LiveMemory, list[Counter]]:
+def fake_step(config: dict, process: int = 0) -> tuple[LiveMemory, list[Counter]]:
     """One training step of train.py. Returns what was alive and moved, and the peaks of its phases.
 
     GPU i is called "cpu:{i + 1}", a CPU with a number, for which no driver need exist. With `gpus`
-    0, "cpu:1" is the CPU of a run without GPUs, and holds the images too. Of several processes that
-    share an image, it is the step of the one whose tiles have the most pixels.
+    0, "cpu:1" is the CPU of a run without GPUs, and holds the images too. process: which one makes
+    the step, of the processes that share an image.
     """
     devices = [torch.device("cpu", i + 1) for i in range(max(config["gpus"], 1))]
     host = devices[0]
@@ -141,7 +134,6 @@ def fake_step(config: dict) -> tuple[LiveMemory, list[Counter]]:
         host = torch.device("cpu")
     batch, size = config["batch_size"], config["image_size"]
     tiling = build_tiling(config, size)
-    process = fullest_process(tiling, config["image_processes"])
     memory = LiveMemory()
     phases = Phases(memory)
     shared = config["image_processes"] > 1
@@ -176,12 +168,29 @@ def fake_step(config: dict) -> tuple[LiveMemory, list[Counter]]:
     return memory, phases.peaks
 
 
-# Any number of tiles
+# Any number of tiles, any number of processes
+
+def steps_of_fullest(config: dict) -> tuple[Counter, Counter]:
+    """Peak bytes of each device, and bytes moved by (from, to); of several processes, the most.
+
+    For each GPU, the step is made of that process whose tiles on it have the most pixels.
+    """
+    tiling = build_tiling(config, config["image_size"])
+    fullest_processes = set()
+    for pixels in pixels_of_gpus(config, tiling.halos):
+        fullest_processes.add(pixels.index(max(pixels)))
+    peak, moved = Counter(), Counter()
+    for process in fullest_processes:
+        memory, _ = fake_step(config, process)
+        peak |= memory.peak  # of each device the larger value
+        moved |= memory.moved
+    return peak, moved
+
 
 def predict(config: dict) -> tuple[Counter, Counter]:
     """Peak bytes of each device, and bytes moved by (from, to), in seconds for any number of tiles.
 
-    Up to four tiles for each GPU, the step itself is made. With more, two steps are made, in which
+    Up to four tiles for each GPU, the steps themselves are made. With more, two steps are made, in which
     each GPU has three tiles and four, all in a row and as large as the largest tile with its
     overlap. From there on, what a phase needs goes up in a straight line with the number of tiles.
     A smaller tile counts for less than one, by its pixels. With recompute those of the overlap do
@@ -192,8 +201,7 @@ def predict(config: dict) -> tuple[Counter, Counter]:
     devices = max(config["gpus"], 1)
     share = devices * config["image_processes"]  # all GPUs that share an image
     if len(tiling) <= 4 * share:
-        memory, _ = fake_step(config)
-        return memory.peak, memory.moved
+        return steps_of_fullest(config)
     height = max(bottom - top for top, bottom, _, _ in tiling.halos)
     width = max(right - left for _, _, left, right in tiling.halos)
 
@@ -229,18 +237,26 @@ def number_of_pixels(boxes: list[Box]) -> int:
     return sum((bottom - top) * (right - left) for top, bottom, left, right in boxes)
 
 
+def pixels_of_gpus(config: dict, boxes: list[Box]) -> list[list[int]]:
+    """How many pixels the tiles of each GPU have, in each of the processes that share an image. boxes: of all tiles."""
+    gpus = max(config["gpus"], 1)
+    pixels = []
+    for gpu in range(gpus):
+        in_processes = []
+        for process in range(config["image_processes"]):
+            boxes_of_process = boxes[process::config["image_processes"]]  # as in own_tiles, support/processes.py
+            in_processes.append(number_of_pixels(boxes_of_process[gpu::gpus]))  # as in place, train.py
+        pixels.append(in_processes)
+    return pixels
+
+
 def tiles_of_gpus(config: dict, boxes: list[Box], pixels_of_a_tile: int) -> dict[str, float]:
     """How many tiles each GPU has, counted by the pixels of their boxes; of several processes, the most.
 
     boxes: of all tiles. pixels_of_a_tile: how many count as one tile.
     """
-    devices = max(config["gpus"], 1)
     tiles = {}
-    for gpu in range(devices):
-        pixels = []
-        for process in range(config["image_processes"]):
-            boxes_of_process = boxes[process::config["image_processes"]]  # as in own_tiles, support/processes.py
-            pixels.append(number_of_pixels(boxes_of_process[gpu::devices]))  # as in place, train.py
+    for gpu, pixels in enumerate(pixels_of_gpus(config, boxes)):
         tiles[f"cpu:{gpu + 1}"] = max(pixels) / pixels_of_a_tile
     return tiles
 
@@ -269,25 +285,37 @@ def fullest(config: dict) -> int:
 
 def largest_image(config: dict, memory: float) -> int:
     """Side of the largest square image, in equal tiles of two cells or more to a side, whose
-    training step stays below `memory` bytes on every GPU; 0 if none does. Peak memory grows nearly
-    in a straight line with the number of pixels, so two sizes tell where to begin."""
+    training step stays below `memory` bytes on every GPU; 0 if none does.
+
+    Peak memory grows nearly in a straight line with the number of pixels. So where a line through
+    two sizes meets `memory`, the next guess is made, and from the last guess it goes up or down in
+    steps of one cell.
+    """
+    tiles = math.lcm(*config["grid"])
+    cell = 2 ** config["depth"]
+    step = cell * tiles
+    smallest = 2 * step  # tiles of a single cell are too small for batch norm
+
+    @functools.cache
     def peak(side: int) -> int:
         return fullest({**config, "image_size": (side, side)})
 
-    tiles = math.lcm(*config["grid"])
-    cell = 2 ** config["depth"]
-    small = 2 * max(128, cell) * tiles
-    large = 2 * small
-    at_small = peak(small)
-    slope = (peak(large) - at_small) / (large**2 - small**2)
-    pixels = max(small**2 + (memory - at_small) / slope, 0)
-    step = cell * tiles
-    side = int(math.sqrt(pixels)) // step * step
-    while side > step and peak(side) > memory:
+    def guess(first: int, second: int) -> int:
+        slope = (peak(second) - peak(first)) / (second**2 - first**2)
+        pixels = max(second**2 + (memory - peak(second)) / slope, 0)
+        side = int(math.sqrt(pixels)) // step * step
+        return max(side, smallest)
+
+    before = 2 * max(128, cell) * tiles
+    side = 2 * before
+    for _ in range(2):
+        if side != before:
+            before, side = side, guess(before, side)
+    while peak(side + step) <= memory:
+        side += step
+    while side >= smallest and peak(side) > memory:
         side -= step
-    if side <= step:  # tiles of a single cell are too small for batch norm
-        return 0
-    return side
+    return side if side >= smallest else 0
 
 
 def changes_that_save_memory(config: dict) -> list[tuple[str, dict]]:
@@ -328,7 +356,7 @@ def print_step(config: dict, peak: Counter, moved: Counter):
     tiling = build_tiling(config, config["image_size"])
     line = f"One training step, {len(tiling)} tiles, batch {config['batch_size']}"
     if config["image_processes"] > 1:
-        line += f", the fullest of {config['image_processes']} processes that share an image"
+        line += f", for each GPU the fullest of {config['image_processes']} processes that share an image"
     if config["recompute"]:
         line += ", recompute"
     if config["amp"]:

@@ -210,7 +210,7 @@ def compare_modes(model: nn.Module, loader, config: dict, devices: list,
     model = copy.deepcopy(model)  # training mode changes the running statistics
     batches = math.ceil(16 / config["batch_size"])
     losses = {"training_mode": [], "evaluation_mode": []}
-    for images, masks in itertools.islice(loader, batches):
+    for images, masks in itertools.islice(mask_out_fillers(loader), batches):
         tiling = build_tiling(config, images.shape[-2:])
         for mode in losses:
             model.eval()

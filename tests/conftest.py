@@ -84,7 +84,7 @@ def pytest_configure(config):
 
 def half_of(items, number: int) -> list:
     """The tests of every other file. number: 0 or 1. Sorted by size, the halves need about as long."""
-    files = sorted({item.path for item in items}, key=lambda path: path.stat().st_size)
+    files = sorted({item.path for item in items}, key=lambda path: (path.stat().st_size, path))
     return [item for item in items if item.path in files[number::2]]
 
 
@@ -109,7 +109,12 @@ def pytest_runtestloop(session):
         command = [sys.executable, "-m", "pytest", *config.invocation_params.args, "--reports", reports]
         with open(output, "w") as file:
             second = subprocess.Popen(command, stdout=file, stderr=file)
-        result = yield
+        try:
+            result = yield
+        except BaseException:  # Ctrl-C, or a failure with -x
+            second.terminate()
+            second.wait()
+            raise
         second.wait()
         if not reports.exists():
             pytest.exit(f"the second process of the tests was stopped:\n{output.read_text()}", returncode=1)

@@ -541,13 +541,15 @@ class Scale(nn.Module):
     lambda: nn.Conv2d(1, 4, 3, padding=1),
     lambda: orthogonal(nn.Conv2d(1, 4, 3, padding=1)),
     lambda: nn.LayerNorm((1, 8, 8)),
+    lambda: nn.Conv2d(1, 4, 3, padding=1).double(),
     Scale,
 ])
 def test_under_autocast_an_encoder_computes_what_it_does_alone(layer):
     encoder = Flat(layer())
     model = DecomposedUNet(encoder, CoarseMap()).eval()
     tiling = Tiling((8, 8), (1, 1), 1)
-    image = torch.randn(1, 1, 8, 8)
+    first_weight = next(encoder.parameters())
+    image = torch.randn(1, 1, 8, 8, dtype=first_weight.dtype)
     with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
         _, expected = encoder(image)
         assert torch.equal(run(model, image, tiling), expected)

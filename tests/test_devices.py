@@ -126,6 +126,13 @@ class DroppingEncoder(nn.Module):
         return [], nn.functional.dropout2d(tile, 0.5)
 
 
+class SendingEncoder(nn.Module):
+    """The coarse map is the tile."""
+
+    def forward(self, tile):
+        return [], tile
+
+
 class SendingDecoder(nn.Module):
     """The logits are the coarse map."""
 
@@ -159,6 +166,16 @@ def test_the_communication_network_leaves_out_the_same_channels_on_any_device(ow
     assert here[0].count_nonzero() < 32  # both dropouts leave out half of what comes
 
 
+def test_the_communication_network_leaves_out_other_channels_in_each_forward_pass():
+    torch.manual_seed(0)
+    model = DecomposedUNet(SendingEncoder(), SendingDecoder(), nn.Dropout2d(0.5), comm_channels=64)
+    tiling = Tiling((1, 1), (1, 1))
+    ones = [torch.ones(1, 64, 1, 1)]
+    (first,) = model(ones, tiling, [CPU])
+    (second,) = model(ones, tiling, [CPU])
+    assert not torch.equal(first, second)
+
+
 # Weights and threads
 
 class SlowLinear(nn.Linear):
@@ -167,20 +184,24 @@ class SlowLinear(nn.Linear):
         return super().forward(x)
 
 
-def test_each_thread_gets_the_weights_of_its_device():
+@pytest.mark.parametrize("passes", [1, 2])
+def test_each_thread_gets_the_weights_of_its_device(passes):
     """In the backward pass of --recompute, autograd runs tiles in a thread for each GPU. Here the
-    threads are our own."""
+    threads are our own. passes: how many forward passes the tiles are of, before a common backward pass."""
     other_name = torch.device("cpu", 0)  # the same device by another name
     module = SlowLinear(1, 1)
     weights = dict(module.named_parameters())
     larger = {name: weight.detach() + 1 for name, weight in weights.items()}
     shared = SharedModule(module, [CPU, other_name], seeds=[0, 0])
-    shared.weights[other_name] = larger
+    again = shared  # that of the other thread
+    if passes == 2:
+        again = SharedModule(module, [CPU, other_name], seeds=[0, 0])
+    again.weights[other_name] = larger
 
     zero = torch.zeros(1)
     with ThreadPool(2) as pool:
         first = pool.apply_async(shared, (0, zero))
-        second = pool.apply_async(shared, (1, zero))
+        second = pool.apply_async(again, (1, zero))
         assert first.get() == weights["bias"]
         assert second.get() == larger["bias"]
     for name, weight in module.named_parameters():

@@ -145,10 +145,21 @@ def test_what_two_gpus_exchange_is_weights_statistics_coarse_maps_and_sums():
 
 def test_of_several_processes_the_one_with_most_pixels_is_told():
     config = configuration("--gpus 1 --grid 1x3 --image-size 64x192 --overlap 16 --image-processes 3")
-    memory, _ = plan.fake_step(config)
+    _, moved = plan.predict(config)
     alone, _ = plan.fake_step({**config, "image_processes": 1, "grid": (1, 1), "image_size": (64, 96), "overlap": 0,
                                "comm_channels": 0})  # the tile in the middle is as large
-    assert memory.moved["cpu", "cpu:1"] == alone.moved["cpu", "cpu:1"] - 64 * 32  # but its mask has no overlap
+    assert moved["cpu", "cpu:1"] == alone.moved["cpu", "cpu:1"] - 64 * 32  # but its mask has no overlap
+
+
+def test_for_each_gpu_the_process_is_told_whose_tiles_on_it_have_the_most_pixels():
+    """Of four tiles in a row, those in the middle have two neighbours to overlap with: they are on
+    the first GPU of process 1, and on the second GPU of process 0."""
+    config = configuration("--gpus 2 --grid 1x4 --image-size 64x256 --overlap 32 --image-processes 2")
+    peak, _ = plan.predict(config)
+    first, _ = plan.fake_step(config, process=0)
+    second, _ = plan.fake_step(config, process=1)
+    assert peak["cpu:1"] == second.peak["cpu:1"] > first.peak["cpu:1"]
+    assert peak["cpu:2"] == first.peak["cpu:2"] > second.peak["cpu:2"]
 
 
 # Any number of tiles
@@ -170,14 +181,14 @@ def test_with_many_tiles_memory_goes_up_in_a_straight_line():
 def test_tiles_that_overlap_and_are_smaller_at_the_edge_count_for_as_much_as_they_are(options, at_most):
     config = configuration(f"--gpus 1 {options}")
     peak, _ = plan.predict(config)
-    whole, _ = plan.fake_step(config)
-    assert 1 <= peak["cpu:1"] / whole.peak["cpu:1"] < at_most
+    whole, _ = plan.steps_of_fullest(config)
+    assert 1 <= peak["cpu:1"] / whole["cpu:1"] < at_most
 
 
 @pytest.mark.parametrize("tiles, options", [
     (5, "--width 32 --comm-channels 0"),
     (5, "--depth 2 --width 32 --recompute"),
-    (6, "--comm-channels 8 --recompute"),
+    (16, "--comm-channels 8 --recompute"),
 ])
 def test_with_many_small_tiles_too_where_weights_and_coarse_map_weigh_as_much_as_the_activations(tiles, options):
     config = configuration(f"--gpus 1 --grid 1x{tiles} --image-size 32x{32 * tiles} {options}")
@@ -210,22 +221,24 @@ def test_the_largest_image_fits_and_a_larger_one_does_not(predictions_are_kept):
     assert plan.fullest({**config, "image_size": (larger, larger)}) > 16 * MIB
 
 
-def curved_memory(config):
-    """In place of plan.predict: it is no straight line of the number of pixels."""
-    tiling = build_tiling(config, config["image_size"])
-    for top, bottom, left, right in tiling.coarse.boxes:
-        assert bottom - top > 1
-        assert right - left > 1
-    side, _ = tiling.size
-    return {"cpu:1": side**2.1}, {}
+@pytest.mark.parametrize("power", [1.8, 2.1])  # with an overlap, it bends as with less than 2
+def test_the_largest_image_is_found_where_memory_is_no_straight_line_and_tiles_are_never_single_cells(
+        power, monkeypatch):
+    def curved_memory(config):
+        tiling = build_tiling(config, config["image_size"])
+        for top, bottom, left, right in tiling.coarse.boxes:
+            assert bottom - top > 1
+            assert right - left > 1
+        side, _ = tiling.size
+        return {"cpu:1": side**power}, {}
 
-
-def test_the_largest_image_fits_where_memory_is_no_straight_line_and_tiles_are_never_single_cells(monkeypatch):
     monkeypatch.setattr(plan, "predict", curved_memory)
     config = configuration("--depth 9 --grid 2x3 --image-size 2048")
     step = 512 * 6
-    assert plan.largest_image(config, (9.9 * step) ** 2.1) == 9 * step
-    assert plan.largest_image(config, (1.9 * step) ** 2.1) == 0
+    assert plan.largest_image(config, (40.1 * step) ** power) == 40 * step
+    assert plan.largest_image(config, (9.9 * step) ** power) == 9 * step
+    assert plan.largest_image(config, (2.1 * step) ** power) == 2 * step
+    assert plan.largest_image(config, (1.9 * step) ** power) == 0
 
 
 @pytest.mark.parametrize("options, part, expected", [

@@ -42,7 +42,7 @@ class Training:
     def __init__(self, part: float):
         torch.manual_seed(0)
         self.config = {**CONFIG, "width": 2, "comm_channels": 4, "recompute": True, "image_size": SIZE, "grid": (2, 2),
-                       "overlap": 0}
+                       "overlap": 0, "batch_size": BATCH}
         self.data = LinesAndCircles(IMAGES, SIZE, (1, 2))
         order = torch.Generator().manual_seed(1)
         self.batches = BatchSampler(RandomSampler(self.data, generator=order), BATCH, drop_last=False)
@@ -52,18 +52,22 @@ class Training:
                                                             anneal_strategy="linear")
         self.freeze_after = part * len(self.batches)
 
+    def loader(self):
+        """The batches, or of many processes the shares of this one."""
+        return DataLoader(self.data, batch_sampler=processes.Shares(self.batches))
+
     def result(self, loss: float, images) -> list:
         """What is compared. loss: the mean of the epoch; images: those that this process evaluates."""
         scores = train.evaluate(self.model, DataLoader(images), self.config, [CPU])
-        return [loss, scores, gradients_of(self.model), self.model.state_dict()]
+        losses = train.compare_modes(self.model, self.loader(), self.config, [CPU], frozen=True)
+        return [loss, scores, losses, gradients_of(self.model), self.model.state_dict()]
 
 
 def train_as_one_of_many(rank: int, part: float) -> list:
     """An epoch and an evaluation of process `rank`, with what train.py uses."""
     training = Training(part)
-    loader = DataLoader(training.data, batch_sampler=processes.Shares(training.batches))
     parallel = processes.parallel(training.model)
-    loss = train.train_epoch(parallel, loader, training.optimizer, training.schedule, training.config, [CPU],
+    loss = train.train_epoch(parallel, training.loader(), training.optimizer, training.schedule, training.config, [CPU],
                              training.freeze_after)
     share = Subset(training.data, range(rank, IMAGES, COUNT))
     return training.result(loss, share)

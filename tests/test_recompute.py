@@ -124,6 +124,21 @@ def test_evaluation_is_the_same_and_remembers_less():
     assert smaller_peak < peak
 
 
+@pytest.mark.parametrize("size, recompute", [((16, 16), False), ((16, 20), True)])
+def test_an_image_larger_than_those_of_training_is_evaluated_with_recompute(size, recompute, monkeypatch):
+    asked = []
+    run_tiles = train.run_tiles
+
+    def watched(model, images, tiling, devices, config, measure):
+        asked.append(config["recompute"])
+        return run_tiles(model, images, tiling, devices, config, measure)
+
+    monkeypatch.setattr(train, "run_tiles", watched)
+    config = {**CONFIG, "image_size": (16, 16), "grid": (2, 2), "overlap": 0}
+    train.evaluate(build_from_config(config), [random_batch(1, size)], config, [CPU])
+    assert asked == [recompute]
+
+
 # Time
 
 def multiplications_of_step(grid, recompute=False) -> int:
