@@ -23,7 +23,8 @@ class CommNet(nn.Sequential):
     in the image. A 5x5 convolution looks 2 cells to every side, times its dilation. The default is
     the paper's: three convolutions without dilation, which see 6 cells. These are 48 pixels at
     depth 3 and 96 pixels at depth 4. The dilations (1, 2, 4, 8) see 30 cells, for the price of one
-    more convolution. Nothing passes beyond this reach. But a cell halfway between two others hears
+    more convolution. From cell to cell nothing passes beyond this reach. But before, each cell has
+    seen a few cells of its own tile, in the encoder. And a cell halfway between two others hears
     both of them, so these two may be up to twice as far apart.
     """
 
@@ -37,7 +38,7 @@ class CommNet(nn.Sequential):
             self.append(nn.Dropout2d(dropout))
 
     def reach(self, depth: int) -> int:
-        """How far it sees to every side, in pixels of the image, behind a U-Net of this depth."""
+        """How far each cell hears others to every side, in pixels of the image, behind a U-Net of this depth."""
         cells = 0
         for layer in self:
             if isinstance(layer, nn.Conv2d):

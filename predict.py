@@ -5,8 +5,8 @@
 Writes the class of every pixel of each image: NAME.png with a palette, so that it is readable by
 eye and by program, or for NAME.npy an array NAME.npy, written tile by tile. Writes also
 NAME-overlay.png, the classes over the image, at most 2048 pixels wide or high. Images are cut into
-tiles no larger than those of training (but an image larger than those of training into tiles of at
-least 256x256), and one tile at a time is alive on each device. From a folder, predict.py takes all
+tiles no larger than those of training (but an image larger than those of training into tiles of up
+to 256x256), and one tile at a time is alive on each device. From a folder, predict.py takes all
 images, also those in its subfolders, and --out gets the same subfolders. With --probabilities, it
 also writes the probability of every class. With --masks, a folder of true masks of the same names,
 it also scores the predictions, in metrics.json. Exit status: 0, all images are done; 1, some of
@@ -126,7 +126,7 @@ def make_parser() -> Parser:
            "(default: a new one, predictions)")
     option("--gpus", type=number(1), metavar="N", help="GPUs to use (default: all there are)")
     option("--grid", type=pair, metavar="RxQ", help="rows x columns of tiles (default: as many as keep them no larger "
-           "than in training, but for larger images at least 256x256)")
+           "than in training, or for larger images no larger than 256x256 if that is more)")
     option("--probabilities", action="store_true", help="write also NAME-probabilities.npy, the probability of each "
            "class at each pixel: float16 of shape (classes, height, width) (default: no)")
     option("--masks", type=Path, metavar="DIR", help="folder of true masks, to score the predictions; "
@@ -187,6 +187,8 @@ def predict_all(model: DecomposedUNet, config: dict, jobs: list[Job], asked: arg
                 failed += 1
                 show_progress("")
                 print(f"{parser.prog}: error: {reason}", file=sys.stderr)
+    except KeyboardInterrupt:
+        parser.exit(130, f"\nstopped after {len(counts)} of {len(jobs)} images, which are in {out}\n")
     finally:  # also after Ctrl-C
         if asked.masks and counts:
             write_scores(counts, len(jobs), config, out)
@@ -235,6 +237,7 @@ def write_scores(counts: dict[str, torch.Tensor], images: int, config: dict, out
     scored = {name: scores(count, classes) for name, count in counts.items()}
     scored["all"] = scores(sum(counts.values()), classes)
     write_json(out / "metrics.json", scored)
+    print(f"mean IoU of all together {scored['all']['mean_iou']:.4f}")
     if len(counts) < images:
         print(f"{out / 'metrics.json'} holds the scores of {len(counts)} of {images} images")
     for line in remarks(scored["all"], config):
@@ -242,7 +245,4 @@ def write_scores(counts: dict[str, torch.Tensor], images: int, config: dict, out
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit(130)
+    main()

@@ -29,9 +29,7 @@ def open_picture(path: Path) -> tuple[Image.Image, str]:
 
     DataError: it cannot be read, or Pillow would read only a part of it, or other numbers than it holds.
     """
-    if not path.is_file():
-        kind = "a folder" if path.is_dir() else "no such file"
-        raise DataError(f"{path}: {kind}; name a PNG, a JPEG, a TIFF or an .npy")
+    check_file(path)
     try:
         with Image.open(path, formats=FORMATS) as picture:
             if picture.format == "TIFF":
@@ -52,6 +50,13 @@ def open_picture(path: Path) -> tuple[Image.Image, str]:
     if ";16" in stored and not picture.mode.startswith("I"):  # Pillow has 16 bits for grey alone
         raise DataError(f"{path}: a PNG of 16 bits in more than one channel, of which 8 would be read; save it as .npy")
     return picture, stored
+
+
+def check_file(path: Path):
+    """DataError: it is no file."""
+    if not path.is_file():
+        kind = "a folder" if path.is_dir() else "no such file"
+        raise DataError(f"{path}: {kind}; name a PNG, a JPEG, a TIFF or an .npy")
 
 
 def how_stored(picture: Image.Image) -> str:
@@ -99,6 +104,7 @@ def needs_array_error(path: Path, what: str) -> DataError:
 
 def open_array(path: Path, dimensions: tuple[int, ...], shape: str) -> np.ndarray:
     """The array of an .npy file, mapped into memory. dimensions: how many it may have; shape: the same in words."""
+    check_file(path)
     try:
         array = np.load(path, mmap_mode="c")  # "c": changes, which torch asks to be possible, would not reach the file
         if not isinstance(array, np.ndarray):

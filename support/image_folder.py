@@ -58,7 +58,8 @@ def find_files(folder: Path, ending: str = "") -> dict[str, Path]:
         if path.name.startswith(".") or path.is_dir():
             continue
         if suffix in UNREADABLE:
-            raise DataError(f"{path}: only PNG, JPEG, TIFF and .npy can be read; convert it, or move it elsewhere")
+            raise DataError(f"{path}: only PNG, JPEG, TIFF, PPM, PGM and .npy can be read; convert it, or move it "
+                            "elsewhere")
         if suffix not in (*PICTURES, ".npy"):
             left_out[suffix or "without a suffix"] += 1
             continue

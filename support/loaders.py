@@ -5,8 +5,10 @@ the image alone. The number of workers and the number of processes change nothin
 """
 
 import os
+import signal
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -33,7 +35,8 @@ class Loader(DataLoader):
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         self.seconds_waited = 0.0
         started = time.perf_counter()
-        batches = super().__iter__()
+        with ctrl_c_waits():
+            batches = super().__iter__()  # starts the workers
         try:
             batch = next_batch(batches)
             while batch is not None:
@@ -44,6 +47,20 @@ class Loader(DataLoader):
         finally:
             if self.num_workers > 0:
                 batches._shutdown_workers()  # else, after an error, PyTorch would wait long for the garbage collector
+
+
+@contextmanager
+def ctrl_c_waits():
+    """Inside, Ctrl-C has no effect yet, and processes that are started here never notice it.
+
+    So it does not end a worker, whose death would be taken for another error, nor does Python lose
+    it while it starts one.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def next_batch(batches: Iterator) -> tuple[Tensor, Tensor] | None:

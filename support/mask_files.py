@@ -143,8 +143,11 @@ def count_pixels(mask: np.ndarray, path: Path, classes: int) -> Counter:
         for value in (values.min(), values.max()):
             if not 0 <= value < classes:
                 check_regions(mask, path)
-                raise DataError(f"{path}: holds the value {value}; a mask holds 0 to {classes - 1}, or {IGNORE} for "
-                                "pixels that do not count")
+                known = ""
+                if classes < IGNORE:
+                    known = f"there are {classes} classes (of classes.txt, or of the training), so "
+                raise DataError(f"{path}: holds the value {value}; {known}a mask holds 0 to {classes - 1}, or {IGNORE} "
+                                "for pixels that do not count")
         numbers = np.bincount(values.astype(np.intp))
         pixels.update(dict(enumerate(numbers.tolist())))
     pixels = +pixels  # those that occur

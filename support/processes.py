@@ -37,14 +37,21 @@ image_group = None  # these processes, if there are several
 
 @contextmanager
 def together():
-    """Inside, the processes that torchrun started know each other."""
+    """Inside, the processes that torchrun started know each other. One that ends with an error ends at once."""
     if dist.is_torchelastic_launched():
         backend = "gloo"
         if torch.cuda.is_available():
             backend = "cpu:gloo,cuda:nccl"
         dist.init_process_group(backend)
-    yield
-    if dist.is_initialized():  # not reached after an error, when the others may wait for this process for ever
+    try:
+        yield
+    except SystemExit as ended:
+        if dist.is_initialized():  # the others may never answer, and PyTorch's threads that wait for them would abort
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(ended.code)
+        raise
+    if dist.is_initialized():
         dist.destroy_process_group()
 
 
@@ -141,7 +148,7 @@ def find_devices(gpus: int, tiles: str) -> list[torch.device]:
         line += f" ({gpus} GPUs asked for, {found} found)"
     if world_size() > 1:
         line = f"process {rank()} of {world_size()}: {line}"
-    print(line, flush=True)
+    print(f"{line}\n", end="", flush=True)  # at once, or the lines of several processes could mix
     if not is_first():
         sys.stdout = open(os.devnull, "w", errors="backslashreplace")
     return devices

@@ -23,8 +23,8 @@ def build_tiling(config: dict, size: Sequence[int], grid: Sequence[int] | None =
 
     As `grid` says, if it is given. An image of the size of training is cut as --grid says. Any
     other is cut into tiles that are no larger than those; but an image larger than in training,
-    into tiles of at least 256x256. Where several processes share an image, there is a tile for
-    each.
+    into tiles of up to 256 pixels to a side, where those of training are smaller. Where several
+    processes share an image, there is a tile for each.
     """
     cell = 2 ** config["depth"]
     if grid is None:

@@ -219,8 +219,10 @@ def check_counted(pixels: dict[str, Counter], folders: dict[str, ImageFolder]):
     for split, folder in folders.items():
         if not classes_in(pixels[split]):
             _, mask_path = folder.pairs[0]
-            raise DataError(f"{mask_path.parent}: no pixel of the masks for {split} counts, all are {IGNORE}; add a "
-                            f"mask with a class, or give {split} images and masks of its own (DIR/{split})")
+            remedy = "add a mask with a class"
+            if split != "train":
+                remedy += f", or give {split} images and masks of its own (DIR/{split})"
+            raise DataError(f"{mask_path.parent}: no pixel of the masks for {split} counts, all are {IGNORE}; {remedy}")
 
 
 def check_pair(image: np.ndarray, image_path: Path, mask: np.ndarray, mask_path: Path, crop: tuple[int, int] | None):

@@ -224,6 +224,6 @@ def test_a_folder_of_predictions_is_made_and_taken_away_if_there_is_none(monkeyp
         raise KeyboardInterrupt
 
     monkeypatch.setattr(predict, "predict_and_score", interrupt)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(SystemExit, match="130"):
         predict.main(["run/best.pt", "image.png"])
     assert not Path("predictions-3").exists()

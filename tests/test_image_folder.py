@@ -612,7 +612,7 @@ IN_COLOUR = ("3.png: a mask in colour or with transparency (RGB) where class ind
 
 @pytest.mark.parametrize("suffix, mask, message", [
     (".png", MASK, "3.png: 16x24 pixels, but its mask 3.png has 12x20"),
-    (".png", np.full((16, 24), 7, np.uint8), "3.png: holds the value 7; a mask holds 0 to 2, or 255"),
+    (".png", np.full((16, 24), 7, np.uint8), "3.png: holds the value 7; there are 3 classes (of classes.txt, or of the training), so a mask holds 0 to 2, or 255"),
     (".png", ONE_RED_PIXEL, IN_COLOUR),
     (".png", ONE_CLEAR_PIXEL, "3.png: a mask in colour or with transparency (RGBA)"),
     (".npy", zeros(16, 24, 3), "shape (16, 24, 3) where (H,W) was expected; if it is one-hot, save mask.argmax(2)"),
@@ -708,7 +708,7 @@ def call_the_image_an_array(image, mask):
     (write_text_in_the_place_of_the_image, "3.png: cannot be read (no PNG, JPEG or TIFF)"),
     (empty_the_mask, "3.png: cannot be read"),
     (save_colours_of_16_bits, "a PNG of 16 bits in more than one channel"),
-    (call_the_image_a_bitmap, "3.bmp: only PNG, JPEG, TIFF and .npy can be read"),
+    (call_the_image_a_bitmap, "3.bmp: only PNG, JPEG, TIFF, PPM, PGM and .npy can be read"),
     (call_the_image_an_array, "3.npy: cannot be read as an array"),
 ])
 def test_a_file_that_is_missing_or_broken_is_named(spoil, message, folder, capsys):
@@ -730,7 +730,7 @@ def test_a_number_that_no_network_can_use_is_named(value, message, folder, capsy
 def test_masks_of_which_no_pixel_counts_are_named(folder, capsys):
     for path in (folder / "train/masks").iterdir():
         save(path, np.full((16, 24), 255, np.uint8))
-    assert_refused(folder, "no pixel of the masks for train counts", capsys)
+    assert_refused(folder, "no pixel of the masks for train counts, all are 255; add a mask with a class\n", capsys)
 
 
 def test_masks_of_a_single_class_are_named(folder_without_names, capsys):

@@ -54,6 +54,36 @@ def training_images(data, workers=0, epoch=1) -> list[torch.Tensor]:
     return images
 
 
+class WhetherCtrlCIsBlocked(Dataset):
+    def __len__(self) -> int:
+        return 2
+
+    def __getitem__(self, i: int) -> bool:
+        return signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_ctrl_c_ends_this_process_and_not_a_worker(workers):
+    for blocked in Loader(WhetherCtrlCIsBlocked(), batch_size=None, num_workers=workers):
+        assert blocked == (workers > 0)
+    assert not WhetherCtrlCIsBlocked()[0]
+
+
+def test_ctrl_c_while_workers_are_started_comes_when_all_are_there(monkeypatch):
+    started = []
+
+    def start(loader):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.01)  # in which Python would notice it
+        started.append(loader)
+        return iter([])
+
+    monkeypatch.setattr(loaders.DataLoader, "__iter__", start)
+    with pytest.raises(KeyboardInterrupt):
+        list(Loader([1, 2]))
+    assert len(started) == 1
+
+
 def as_bytes(images) -> list[bytes]:
     return [image.numpy().tobytes() for image in images]
 

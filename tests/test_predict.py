@@ -281,9 +281,10 @@ def test_ctrl_c_keeps_the_scores_of_the_images_that_are_done(grey, tmp_path, mon
         save_black(tmp_path / f"images/{name}.png")
         save_black(tmp_path / f"masks/{name}.png")
     stop_at("c", KeyboardInterrupt, monkeypatch)
-    with pytest.raises(KeyboardInterrupt):
-        run(grey, tmp_path / "images", "--masks", tmp_path / "masks", "--out", tmp_path / "out")
-    assert "metrics.json holds the scores of 2 of 3 images" in capsys.readouterr().out
+    assert run(grey, tmp_path / "images", "--masks", tmp_path / "masks", "--out", tmp_path / "out") == 130
+    said = capsys.readouterr()
+    assert said.err == f"\nstopped after 2 of 3 images, which are in {tmp_path / 'out'}\n"
+    assert "metrics.json holds the scores of 2 of 3 images" in said.out
     assert read_json(tmp_path / "out/metrics.json").keys() == {"a.png", "b.png", "all"}
 
 
@@ -364,6 +365,7 @@ def read_all_files(folder):
     ("grey.png", "--grid 0x2", "--grid: '0x2' is not two whole numbers from 1 to 1048576"),
     ("grey.png", "--gpus 0", "--gpus: '0' is not a whole number of at least 1"),
     ("nan.npy", "", "nan.npy: holds nan"),
+    ("nowhere.npy", "", "nowhere.npy: no such file; name a PNG, a JPEG, a TIFF or an .npy"),
     ("archive.npy", "", "archive.npy: cannot be read as an array (an archive of several)"),
     ("picture.bmp", "", "picture.bmp: cannot be read (no PNG, JPEG or TIFF)"),
     (".", "", "--out predictions: is inside ., where the masks would be taken for images"),

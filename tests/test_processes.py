@@ -200,6 +200,18 @@ def test_each_process_of_a_machine_has_gpus_of_its_own(local_rank, asked, expect
     assert current == devices[:1]
 
 
+# How one ends
+
+def test_a_process_that_ends_with_an_error_does_not_wait_for_the_others(monkeypatch):
+    statuses = []
+    monkeypatch.setattr(processes.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(os, "_exit", statuses.append)
+    with pytest.raises(SystemExit):
+        with processes.together():
+            sys.exit(2)
+    assert statuses == [2]
+
+
 # A process that dies
 
 @pytest.mark.parametrize("out, go_on", [

@@ -38,7 +38,7 @@ WORLDS = {  # (processes, how many of them share an image): the cases
 }
 SHARED = [(shared, case) for world, shared in WORLDS if world == shared for case in WORLDS[world, shared]]
 SHORT_RUN = "--train-images 16 --epochs 1 --batch-size 8 --width 4 --comm-channels 8 --no-amp".split()
-ON_PAPER = "--depth 2 --image-size 128 --grid 2x2"
+ON_PAPER = "--depth 2 --width 16 --image-size 64 --grid 2x2"  # so wide that the weights count
 PLANNED = ON_PAPER + " --image-processes 2"
 
 
