@@ -51,16 +51,23 @@ class Loader(DataLoader):
 
 @contextmanager
 def ctrl_c_waits():
-    """Inside, Ctrl-C has no effect yet, and processes that are started here never notice it.
+    """Inside, Ctrl-C waits until the block has ended, and to processes that are forked here it means nothing.
 
     So it does not end a worker, whose death would be taken for another error, nor does Python lose
     it while it starts one.
     """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    pressed = []
+
+    def wait(*signal_and_frame):
+        pressed.append(True)
+
+    before = signal.signal(signal.SIGINT, wait)
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        signal.signal(signal.SIGINT, before)
+    if pressed:
+        raise KeyboardInterrupt
 
 
 def next_batch(batches: Iterator) -> tuple[Tensor, Tensor] | None:

@@ -172,7 +172,7 @@ def test_a_prediction_that_is_stopped_leaves_nothing(certain, tmp_path, monkeypa
 
     monkeypatch.setattr(predict, "show_progress", stop)
     path = save_black(tmp_path / "a.npy")
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(SystemExit, match="130"):
         predict.main([str(certain), str(path), "--probabilities", "--out", str(tmp_path / "out")])
     assert files_below(tmp_path / "out") == set()
 
