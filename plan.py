@@ -173,14 +173,20 @@ def fake_step(config: dict, process: int = 0) -> tuple[LiveMemory, list[Counter]
 def steps_of_fullest(config: dict) -> tuple[Counter, Counter]:
     """Peak bytes of each device, and bytes moved by (from, to); of several processes, the most.
 
-    For each GPU, the step is made of that process whose tiles on it have the most pixels.
+    For each GPU, the step is made of that process whose tiles on it have the most pixels. Of several
+    with as many, each has its step made, unless its tiles have the same sizes in the same order.
     """
     tiling = build_tiling(config, config["image_size"])
-    fullest_processes = set()
+    fullest_processes = {}  # the sizes of their tiles: the first process with these
     for pixels in pixels_of_gpus(config, tiling.halos):
-        fullest_processes.add(pixels.index(max(pixels)))
+        for process, count in enumerate(pixels):
+            if count == max(pixels):
+                sizes = []
+                for top, bottom, left, right in tiling.halos[process::config["image_processes"]]:
+                    sizes.append((bottom - top, right - left))
+                fullest_processes.setdefault(tuple(sizes), process)
     peak, moved = Counter(), Counter()
-    for process in fullest_processes:
+    for process in fullest_processes.values():
         memory, _ = fake_step(config, process)
         peak |= memory.peak  # of each device the larger value
         moved |= memory.moved
@@ -289,7 +295,7 @@ def largest_image(config: dict, memory: float) -> int:
 
     Peak memory grows nearly in a straight line with the number of pixels. So where a line through
     two sizes meets `memory`, the next guess is made, and from the last guess it goes up or down in
-    steps of one cell.
+    the smallest steps that keep the tiles equal.
     """
     tiles = math.lcm(*config["grid"])
     cell = 2 ** config["depth"]
@@ -308,7 +314,7 @@ def largest_image(config: dict, memory: float) -> int:
 
     before = 2 * max(128, cell) * tiles
     side = 2 * before
-    for _ in range(2):
+    for _ in range(4):
         if side != before:
             before, side = side, guess(before, side)
     while peak(side + step) <= memory:

@@ -126,7 +126,7 @@ def make_parser() -> Parser:
            "(default: a new one, predictions)")
     option("--gpus", type=number(1), metavar="N", help="GPUs to use (default: all there are)")
     option("--grid", type=pair, metavar="RxQ", help="rows x columns of tiles (default: as many as keep them no larger "
-           "than in training, or for larger images no larger than 256x256 if that is more)")
+           "than in training; for larger images, up to 256 pixels to a side where those of training are smaller)")
     option("--probabilities", action="store_true", help="write also NAME-probabilities.npy, the probability of each "
            "class at each pixel: float16 of shape (classes, height, width) (default: no)")
     option("--masks", type=Path, metavar="DIR", help="folder of true masks, to score the predictions; "
@@ -188,7 +188,8 @@ def predict_all(model: DecomposedUNet, config: dict, jobs: list[Job], asked: arg
                 show_progress("")
                 print(f"{parser.prog}: error: {reason}", file=sys.stderr)
     except KeyboardInterrupt:
-        parser.exit(130, f"\nstopped after {len(counts)} of {len(jobs)} images, which are in {out}\n")
+        where = f", which are in {out}" if counts else ""
+        parser.exit(130, f"\nstopped after {len(counts)} of {len(jobs)} images{where}\n")
     finally:  # also after Ctrl-C
         if asked.masks and counts:
             write_scores(counts, len(jobs), config, out)
@@ -245,4 +246,7 @@ def write_scores(counts: dict[str, torch.Tensor], images: int, config: dict, out
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -35,9 +35,10 @@ class Loader(DataLoader):
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         self.seconds_waited = 0.0
         started = time.perf_counter()
-        with ctrl_c_waits():
-            batches = super().__iter__()  # starts the workers
+        batches = None
         try:
+            with ctrl_c_waits():
+                batches = super().__iter__()  # starts the workers
             batch = next_batch(batches)
             while batch is not None:
                 self.seconds_waited += time.perf_counter() - started
@@ -45,7 +46,7 @@ class Loader(DataLoader):
                 started = time.perf_counter()
                 batch = next_batch(batches)
         finally:
-            if self.num_workers > 0:
+            if batches is not None and self.num_workers > 0:
                 batches._shutdown_workers()  # else, after an error, PyTorch would wait long for the garbage collector
 
 
@@ -67,7 +68,7 @@ def ctrl_c_waits():
     finally:
         signal.signal(signal.SIGINT, before)
     if pressed:
-        raise KeyboardInterrupt
+        signal.raise_signal(signal.SIGINT)
 
 
 def next_batch(batches: Iterator) -> tuple[Tensor, Tensor] | None:

@@ -612,7 +612,8 @@ IN_COLOUR = ("3.png: a mask in colour or with transparency (RGB) where class ind
 
 @pytest.mark.parametrize("suffix, mask, message", [
     (".png", MASK, "3.png: 16x24 pixels, but its mask 3.png has 12x20"),
-    (".png", np.full((16, 24), 7, np.uint8), "3.png: holds the value 7; there are 3 classes (of classes.txt, or of the training), so a mask holds 0 to 2, or 255"),
+    (".png", np.full((16, 24), 7, np.uint8), "3.png: holds the value 7; there are 3 classes (of classes.txt, or of the "
+     "training), so a mask holds 0 to 2, or 255"),
     (".png", ONE_RED_PIXEL, IN_COLOUR),
     (".png", ONE_CLEAR_PIXEL, "3.png: a mask in colour or with transparency (RGBA)"),
     (".npy", zeros(16, 24, 3), "shape (16, 24, 3) where (H,W) was expected; if it is one-hot, save mask.argmax(2)"),
@@ -705,7 +706,7 @@ def call_the_image_an_array(image, mask):
     (rename_the_folder_of_the_masks, "train/masks: no such folder"),
     (add_an_image_of_the_same_name, "has the same name; keep one of the two"),
     (cut_off_the_end_of_the_image, "3.png: cannot be read"),
-    (write_text_in_the_place_of_the_image, "3.png: cannot be read (no PNG, JPEG or TIFF)"),
+    (write_text_in_the_place_of_the_image, "3.png: cannot be read (no PNG, JPEG, TIFF, PPM or PGM)"),
     (empty_the_mask, "3.png: cannot be read"),
     (save_colours_of_16_bits, "a PNG of 16 bits in more than one channel"),
     (call_the_image_a_bitmap, "3.bmp: only PNG, JPEG, TIFF, PPM, PGM and .npy can be read"),

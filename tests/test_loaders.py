@@ -86,6 +86,10 @@ def test_ctrl_c_while_workers_are_started_comes_when_all_are_there(monkeypatch):
         list(Loader([1, 2]))
     assert len(started) == 1
 
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as a shell says to what it runs in the background
+    list(Loader([1, 2]))
+    signal.signal(signal.SIGINT, before)
+
 
 def as_bytes(images) -> list[bytes]:
     return [image.numpy().tobytes() for image in images]
@@ -148,7 +152,7 @@ def test_an_image_that_vanishes_during_training_is_one_line(workers, data):
     loader = make_loaders(datasets, {**CONFIG, "workers": workers}, torch.Generator())["train"]
     with pytest.raises(DataError) as caught:
         list(loader)
-    assert str(caught.value) == f"{image}: no such file; name a PNG, a JPEG, a TIFF or an .npy"
+    assert str(caught.value) == f"{image}: no such file; name a PNG, JPEG, TIFF, PPM, PGM or .npy"
 
 
 class Dies(Dataset):
@@ -181,7 +185,7 @@ def test_of_two_files_that_cannot_be_used_the_first_one_is_named(workers, data):
         image.write_text("no picture")
     with pytest.raises(DataError) as caught:
         survey(folders, None, workers=workers)
-    assert str(caught.value) == f"{image}: cannot be read (no PNG, JPEG or TIFF); replace it, or do without it"
+    assert str(caught.value) == f"{image}: cannot be read (no PNG, JPEG, TIFF, PPM or PGM); replace it, or do without it"
 
 
 def test_grey_images_have_the_same_mean_with_one_thread_and_with_two(tmp_path):

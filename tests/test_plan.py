@@ -155,11 +155,23 @@ def test_for_each_gpu_the_process_is_told_whose_tiles_on_it_have_the_most_pixels
     """Of four tiles in a row, those in the middle have two neighbours to overlap with: they are on
     the first GPU of process 1, and on the second GPU of process 0."""
     config = configuration("--gpus 2 --grid 1x4 --image-size 64x256 --overlap 32 --image-processes 2")
+    peak, moved = plan.predict(config)
+    first, _ = plan.fake_step(config, process=0)
+    second, _ = plan.fake_step(config, process=1)
+    assert moved["cpu", "cpu:1"] == second.moved["cpu", "cpu:1"]
+    assert moved["cpu", "cpu:2"] == first.moved["cpu", "cpu:2"]
+    assert peak["cpu:1"] == second.peak["cpu:1"] > first.peak["cpu:1"]
+    assert peak["cpu:2"] == first.peak["cpu:2"] > second.peak["cpu:2"]
+
+
+def test_of_processes_with_as_many_pixels_the_one_is_told_that_needs_most():
+    """The first and the last tile of a row are smaller, and each process has one of them and another
+    one: process 0 begins with the smaller, process 1 with the larger."""
+    config = configuration("--gpus 1 --grid 1x4 --image-size 36x148 --overlap 8 --image-processes 2 --recompute")
     peak, _ = plan.predict(config)
     first, _ = plan.fake_step(config, process=0)
     second, _ = plan.fake_step(config, process=1)
     assert peak["cpu:1"] == second.peak["cpu:1"] > first.peak["cpu:1"]
-    assert peak["cpu:2"] == first.peak["cpu:2"] > second.peak["cpu:2"]
 
 
 # Any number of tiles

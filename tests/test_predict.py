@@ -285,7 +285,9 @@ def test_ctrl_c_keeps_the_scores_of_the_images_that_are_done(grey, tmp_path, mon
     said = capsys.readouterr()
     assert said.err == f"\nstopped after 2 of 3 images, which are in {tmp_path / 'out'}\n"
     assert "metrics.json holds the scores of 2 of 3 images" in said.out
-    assert read_json(tmp_path / "out/metrics.json").keys() == {"a.png", "b.png", "all"}
+    metrics = read_json(tmp_path / "out/metrics.json")
+    assert metrics.keys() == {"a.png", "b.png", "all"}
+    assert f"mean IoU of all together {metrics['all']['mean_iou']:.4f}\n" in said.out
 
 
 def test_an_output_that_nobody_reads_ends_it_and_is_no_failure_of_an_image(grey, tmp_path, monkeypatch, capsys):
@@ -365,9 +367,9 @@ def read_all_files(folder):
     ("grey.png", "--grid 0x2", "--grid: '0x2' is not two whole numbers from 1 to 1048576"),
     ("grey.png", "--gpus 0", "--gpus: '0' is not a whole number of at least 1"),
     ("nan.npy", "", "nan.npy: holds nan"),
-    ("nowhere.npy", "", "nowhere.npy: no such file; name a PNG, a JPEG, a TIFF or an .npy"),
+    ("nowhere.npy", "", "nowhere.npy: no such file; name a PNG, JPEG, TIFF, PPM, PGM or .npy"),
     ("archive.npy", "", "archive.npy: cannot be read as an array (an archive of several)"),
-    ("picture.bmp", "", "picture.bmp: cannot be read (no PNG, JPEG or TIFF)"),
+    ("picture.bmp", "", "picture.bmp: cannot be read (no PNG, JPEG, TIFF, PPM or PGM)"),
     (".", "", "--out predictions: is inside ., where the masks would be taken for images"),
     ("grey.png", "--masks nowhere", "--masks nowhere: no such folder"),
     ("grey.png", "--out .", "grey.png: is there already"),
