@@ -177,14 +177,12 @@ def steps_of_fullest(config: dict) -> tuple[Counter, Counter]:
     with as many, each has its step made, unless its tiles have the same sizes in the same order.
     """
     tiling = build_tiling(config, config["image_size"])
-    fullest_processes = {}  # the sizes of their tiles: the first process with these
+    fullest_processes = {}  # the sizes of their tiles: one process with these
     for pixels in pixels_of_gpus(config, tiling.halos):
-        for process, count in enumerate(pixels):
-            if count == max(pixels):
-                sizes = []
-                for top, bottom, left, right in tiling.halos[process::config["image_processes"]]:
-                    sizes.append((bottom - top, right - left))
-                fullest_processes.setdefault(tuple(sizes), process)
+        for process in range(config["image_processes"]):
+            if pixels[process] == max(pixels):
+                sizes = sizes_of_tiles(tiling, process, config["image_processes"])
+                fullest_processes[sizes] = process
     peak, moved = Counter(), Counter()
     for process in fullest_processes.values():
         memory, _ = fake_step(config, process)
@@ -193,11 +191,19 @@ def steps_of_fullest(config: dict) -> tuple[Counter, Counter]:
     return peak, moved
 
 
+def sizes_of_tiles(tiling: Tiling, process: int, image_processes: int) -> tuple[tuple[int, int], ...]:
+    """The sizes (h,w) of the tiles of one of the processes that share an image, with their overlap."""
+    sizes = []
+    for top, bottom, left, right in tiling.halos[process::image_processes]:
+        sizes.append((bottom - top, right - left))
+    return tuple(sizes)
+
+
 def predict(config: dict) -> tuple[Counter, Counter]:
     """Peak bytes of each device, and bytes moved by (from, to), in seconds for any number of tiles.
 
-    Up to four tiles for each GPU, the steps themselves are made. With more, two steps are made, in which
-    each GPU has three tiles and four, all in a row and as large as the largest tile with its
+    Up to four tiles for each GPU, the steps themselves are made. With more, two steps are made, in
+    which each GPU has three tiles and four, all in a row and as large as the largest tile with its
     overlap. From there on, what a phase needs goes up in a straight line with the number of tiles.
     A smaller tile counts for less than one, by its pixels. With recompute those of the overlap do
     not count, as little is kept of them. Of several processes, the most that one of them needs is

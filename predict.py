@@ -5,12 +5,13 @@
 Writes the class of every pixel of each image: NAME.png with a palette, so that it is readable by
 eye and by program, or for NAME.npy an array NAME.npy, written tile by tile. Writes also
 NAME-overlay.png, the classes over the image, at most 2048 pixels wide or high. Images are cut into
-tiles no larger than those of training (but an image larger than those of training into tiles of up
-to 256x256), and one tile at a time is alive on each device. From a folder, predict.py takes all
-images, also those in its subfolders, and --out gets the same subfolders. With --probabilities, it
-also writes the probability of every class. With --masks, a folder of true masks of the same names,
-it also scores the predictions, in metrics.json. Exit status: 0, all images are done; 1, some of
-them failed; 2, all failed, or it could not begin or go on. Each image that failed is named.
+tiles no larger than those of training. If these are small, an image larger than those of training
+is cut into tiles of up to 256 pixels to a side. One tile at a time is alive on each device. From a
+folder, predict.py takes all images, also those in its subfolders, and --out gets the same
+subfolders. With --probabilities, it also writes the probability of every class. With --masks, a
+folder of true masks of the same names, it also scores the predictions, in metrics.json. Exit
+status: 0, all images are done; 1, some of them failed; 2, all failed, or it could not begin or go
+on. Each image that failed is named.
 """
 
 import argparse

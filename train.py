@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from decompose import DecomposedUNet, Tiling, to_device
+from decompose import Tiling, to_device
 from support import processes
 from support.command import one_line_errors, prepare_run
 from support.datasets import build_datasets

@@ -44,7 +44,8 @@ def open_picture(path: Path) -> tuple[Image.Image, str]:
     except Image.UnidentifiedImageError:
         if path.suffix.lower() in (".tif", ".tiff"):
             raise needs_array_error(path, "no TIFF, or of a kind that Pillow does not read") from None
-        raise DataError(f"{path}: cannot be read (no PNG, JPEG, TIFF, PPM or PGM); replace it, or do without it") from None
+        raise DataError(f"{path}: cannot be read (no PNG, JPEG, TIFF, PPM or PGM); replace it, or do without "
+                        "it") from None
     except Exception as error:  # a damaged file fails in as many ways as there are places in it
         raise DataError(f"{path}: cannot be read ({error}); replace it, or do without it") from None
     if ";16" in stored and not picture.mode.startswith("I"):  # Pillow has 16 bits for grey alone

@@ -37,8 +37,7 @@ image_group = None  # these processes, if there are several
 
 @contextmanager
 def together():
-    """Inside, the processes that torchrun started know each other. One that
-    calls sys.exit ends at once."""
+    """Inside, the processes that torchrun started know each other. One that calls sys.exit ends at once."""
     if dist.is_torchelastic_launched():
         backend = "gloo"
         if torch.cuda.is_available():

@@ -192,7 +192,8 @@ def draw_nothing(path, rows):
 
 
 def make_smaller(script, monkeypatch):
-    """Smoke runs learn from fewer synthetic images, and those of reach train fewer models. The last option counts."""
+    """Smoke runs learn from fewer synthetic images (of an option that is given twice, the second counts),
+    and those of reach train fewer models."""
     if script is norm:
         monkeypatch.setitem(norm.QUICK_OPTIONS, "lines", norm.QUICK + FEWER)
     elif script in (comm_channels, control, generalise, reach):

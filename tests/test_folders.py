@@ -224,6 +224,8 @@ def test_a_folder_of_predictions_is_made_and_taken_away_if_there_is_none(monkeyp
         raise KeyboardInterrupt
 
     monkeypatch.setattr(predict, "predict_and_score", interrupt)
+    capsys.readouterr()
     with pytest.raises(SystemExit, match="130"):
         predict.main(["run/best.pt", "image.png"])
+    assert capsys.readouterr().err == "\nstopped after 0 of 1 images\n"
     assert not Path("predictions-3").exists()

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import multiprocessing
 import os
 import signal
 import time
@@ -72,23 +73,37 @@ def test_ctrl_c_ends_this_process_and_not_a_worker():
         list(Loader(CtrlC(), batch_size=None, num_workers=0))
 
 
-def test_ctrl_c_while_workers_are_started_comes_when_all_are_there(monkeypatch):
-    started = []
+@pytest.fixture
+def ctrl_c_while_workers_are_started(monkeypatch) -> list:
+    """A list to which every loader adds the workers that are there after it."""
+    workers = []
+    start_workers = loaders.DataLoader.__iter__
 
     def start(loader):
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(0.01)  # in which Python notices it
-        started.append(loader)
-        return iter([])
+        batches = start_workers(loader)
+        workers.extend(multiprocessing.active_children())
+        return batches
 
     monkeypatch.setattr(loaders.DataLoader, "__iter__", start)
-    with pytest.raises(KeyboardInterrupt):
-        list(Loader([1, 2]))
-    assert len(started) == 1
+    return workers
 
+
+def test_ctrl_c_while_workers_are_started_comes_when_all_are_there_and_ends_them(ctrl_c_while_workers_are_started):
+    with pytest.raises(KeyboardInterrupt):
+        list(Loader([1, 2], num_workers=2))
+    assert len(ctrl_c_while_workers_are_started) == 2
+    for worker in ctrl_c_while_workers_are_started:
+        assert not worker.is_alive()
+
+
+def test_ctrl_c_that_is_ignored_stays_ignored(ctrl_c_while_workers_are_started):
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as a shell says to what it runs in the background
-    list(Loader([1, 2]))
-    signal.signal(signal.SIGINT, before)
+    try:
+        assert len(list(Loader([1, 2]))) == 2
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def as_bytes(images) -> list[bytes]:
@@ -185,7 +200,8 @@ def test_of_two_files_that_cannot_be_used_the_first_one_is_named(workers, data):
         image.write_text("no picture")
     with pytest.raises(DataError) as caught:
         survey(folders, None, workers=workers)
-    assert str(caught.value) == f"{image}: cannot be read (no PNG, JPEG, TIFF, PPM or PGM); replace it, or do without it"
+    reason = "cannot be read (no PNG, JPEG, TIFF, PPM or PGM); replace it, or do without it"
+    assert str(caught.value) == f"{image}: {reason}"
 
 
 def test_grey_images_have_the_same_mean_with_one_thread_and_with_two(tmp_path):

@@ -137,7 +137,8 @@ def test_an_image_of_many_pixels_is_neither_refused_nor_warned_of(tmp_path, recw
         claim = struct.pack("<HHII", tag, LONG, 1, 10_000_000)  # of 20 pixels; Pillow by itself refuses 179 million
         content = content.replace(struct.pack("<HHII", tag, LONG, 1, 12), claim)
     path.write_bytes(content)
-    missing_rows = "cannot be read .*(truncated|buffer is not large enough)"  # in the words of several versions of Pillow
+    # In the words of several versions of Pillow.
+    missing_rows = "cannot be read .*(truncated|buffer is not large enough)"
     with pytest.raises(DataError, match=missing_rows):
         read_image(path)
     assert not recwarn
