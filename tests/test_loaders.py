@@ -91,8 +91,9 @@ def ctrl_c_while_workers_are_started(monkeypatch) -> list:
 
 
 def test_ctrl_c_while_workers_are_started_comes_when_all_are_there_and_ends_them(ctrl_c_while_workers_are_started):
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt) as caught:  # whose traceback keeps the loader from being deleted
         list(Loader([1, 2], num_workers=2))
+    assert caught.tb is not None
     assert len(ctrl_c_while_workers_are_started) == 2
     for worker in ctrl_c_while_workers_are_started:
         assert not worker.is_alive()
