@@ -28,7 +28,7 @@ class CommNet(nn.Sequential):
     both of them, so these two may be up to twice as far apart.
     """
 
-    def __init__(self, channels: int, dropout: float = 0.1, dilations: Sequence[int] = (1, 1, 1)):
+    def __init__(self, channels: int, dropout: float = 0.0, dilations: Sequence[int] = (1, 1, 1)):
         super().__init__()
         for dilation in dilations:
             # Batch norm makes its bias needless, but the paper's network has it.

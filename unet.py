@@ -26,12 +26,13 @@ from torch import Tensor, nn
 # A function of a number of channels, which makes the layer that normalises them. For group norm of
 # 4 groups: def norm(channels): return nn.GroupNorm(4, channels), with a width that 4 divides.
 Norm = Callable[[int], nn.Module]
+NORM = nn.BatchNorm2d  # that of every network here, unless another is given
 
 
 class DoubleConv(nn.Sequential):
     """Twice: 3x3 convolution, normalisation, ReLU, dropout of whole channels. (B,in,h,w) -> (B,out,h,w)."""
 
-    def __init__(self, in_channels: int, out_channels: int, dropout: float = 0.1, norm: Norm = nn.BatchNorm2d):
+    def __init__(self, in_channels: int, out_channels: int, dropout: float = 0.0, norm: Norm = NORM):
         super().__init__(
             nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=1, bias=False),  # the norm adds a bias
             norm(out_channels),
@@ -52,8 +53,7 @@ class Encoder(nn.Module):
     ValueError: h or w is not a multiple of 2^D.
     """
 
-    def __init__(self, in_channels: int, width: int = 32, depth: int = 4, dropout: float = 0.1,
-                 norm: Norm = nn.BatchNorm2d):
+    def __init__(self, in_channels: int, width: int, depth: int, dropout: float = 0.0, norm: Norm = NORM):
         super().__init__()
         self.blocks = nn.ModuleList()
         channels = in_channels
@@ -82,8 +82,7 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """The way up: skips and coarse map of an `Encoder` of the same width and depth -> logits (B,L,h,w)."""
 
-    def __init__(self, classes: int, width: int = 32, depth: int = 4, dropout: float = 0.1,
-                 norm: Norm = nn.BatchNorm2d):
+    def __init__(self, classes: int, width: int, depth: int, dropout: float = 0.0, norm: Norm = NORM):
         super().__init__()
         self.ups = nn.ModuleList()
         for level in reversed(range(depth)):  # the coarsest level first
@@ -107,13 +106,12 @@ class UNet(nn.Module):
 
     width: channels of the finest level. Each level below has twice as many.
     depth: how often the image is halved. H and W must be multiples of 2^depth.
-    dropout: the probability with which a channel is left out in training.
-    norm: see Norm above; a class or a function. The layer that it makes should add a bias, as the
+    dropout: the probability with which a channel is left out in training; 0.1 in the paper.
+    norm: see NORM above; a class or a function. The layer that it makes should add a bias, as the
         convolutions before it add none.
     """
 
-    def __init__(self, in_channels: int, classes: int, width: int = 32, depth: int = 4, dropout: float = 0.1,
-                 norm: Norm = nn.BatchNorm2d):
+    def __init__(self, in_channels: int, classes: int, width: int, depth: int, dropout: float = 0.0, norm: Norm = NORM):
         super().__init__()
         self.encoder = Encoder(in_channels, width, depth, dropout, norm)
         self.decoder = Decoder(classes, width, depth, dropout, norm)

@@ -3,8 +3,8 @@
     OMP_NUM_THREADS=1 python -m experiments.animation       # 3 minutes of one core
     python -m experiments.animation --quick                 # seconds
 
-Trains with the defaults of train.py, once with communication and once without, unless that has been
-done before. Then it shows what the two networks make of one test image. Nothing is painted by hand:
+Takes two runs of experiments.qualitative, with communication and without, which are trained first
+where they are not there. Then it shows what the two networks make of one test image. Nothing is painted by hand:
 the maps are tensors of the network. Of the K channels of a map, the one that is most like the true
 mask is shown. Writes runs/animation/animation.gif; that in experiments/ is a copy.
 """
@@ -19,16 +19,13 @@ from PIL import Image
 from torch import Tensor, nn
 
 from decompose import DecomposedUNet, Tiling
-from experiments.common import QUICK, make_folder, trained
+from experiments.common import SILENT, TALKING, make_folder, run_folder
+from experiments.qualitative import train_model
 from support.datasets import build_datasets
 from support.model import load_model
 from support.options import Parser
 from support.sizes import build_tiling
 
-RUNS = {  # name: options of train.py
-    "with": ["--grid", "2x2"],
-    "without": ["--grid", "2x2", "--comm-channels", "0"],
-}
 IMAGE = 3  # of the test images: a piece of its line lies in a tile that holds no disc
 STEPS = {  # name: where it stands in the line of steps at the top, in pixels
     "cut": 54,
@@ -81,8 +78,7 @@ def look_inside(model: DecomposedUNet, image: Tensor, mask: Tensor, tiling: Tili
         for layer in model.comm_net:
             if isinstance(layer, nn.ReLU):
                 hooks.append(layer.register_forward_hook(keep_output))
-    placement = [torch.device("cpu")] * len(tiling)
-    logits = tiling.stitch(model(tiling.split(image[None]), tiling, placement))
+    logits = tiling.stitch(model(tiling.split(image[None]), tiling))
     for hook in hooks:
         hook.remove()
     return maps, logits[0].argmax(dim=0)
@@ -176,7 +172,7 @@ class Film:
         self.axes.set(xlim=(0, WIDTH), ylim=(HEIGHT, 0), aspect="auto")
 
     def on_gpus(self, tiles: list[np.ndarray], places: list[np.ndarray]):
-        """Four tiles in frames of the colours of their GPUs, and the names of the GPUs."""
+        """Four tiles in frames, and the names of their GPUs."""
         self.framed(tiles, places)
         for i, (x, y) in enumerate(places):
             box = {"facecolor": GPU_COLORS[i], "edgecolor": "none", "pad": 3}
@@ -270,11 +266,12 @@ def tell(film: Film, image: list, maps: list[list], decoded: list, mask: list, w
     film.shoot(2000)
 
 
-def draw(path: Path, folder: Path):
-    """The film of the two runs in a folder."""
-    model, config = load_model(folder / "with" / "best.pt")
-    other_model, _ = load_model(folder / "without" / "best.pt")
-    image, mask = build_datasets(config)["test"][IMAGE]
+def draw(path: Path, with_communication: Path, without_communication: Path):
+    """The film of two runs."""
+    model, config = load_model(with_communication / "best.pt")
+    other_model, _ = load_model(without_communication / "best.pt")
+    dataset = build_datasets(config)["test"]
+    image, mask = dataset[min(IMAGE, len(dataset) - 1)]  # a smoke run has fewer
     tiling = build_tiling(config, mask.shape)
     maps, decoded = look_inside(model, image, mask, tiling)
     _, without = look_inside(other_model, image, mask, tiling)
@@ -293,12 +290,13 @@ def main(arguments: list[str] | None = None):
     parser = Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--quick", action="store_true", help="a smoke run")
     asked = parser.parse_args(arguments)
-    folder = make_folder("animation", asked.quick)
-    quick = QUICK if asked.quick else []
-    for name, options in RUNS.items():
-        trained(folder / name, quick + options)
-    draw(folder / "animation.gif", folder)
-    print(f"wrote {folder / 'animation.gif'}")
+    folders = []
+    for name in (TALKING, SILENT):
+        train_model(name, [0], asked.quick)
+        folders.append(run_folder(make_folder("qualitative", asked.quick), name, seed=0))
+    path = make_folder("animation", asked.quick) / "animation.gif"
+    draw(path, *folders)
+    print(f"wrote {path}")
 
 
 if __name__ == "__main__":

@@ -4,69 +4,40 @@
     OMP_NUM_THREADS=1 python -m experiments.comm_channels --depths 3 --channels 0 4 --seeds 0    # a part of it
     python -m experiments.comm_channels --quick                                     # seconds
 
-Trains with the defaults of train.py (64x64 pixels in 2x2 tiles) but for depth, K and seed, and
-takes the test IoU of every class. A K that is larger than the coarse map has channels is left out:
-at depth 2 that has 32. Results are added to runs/comm_channels/comm_channels.csv as they come, what
-is there already is not made again, and two processes with different --depths, --channels or --seeds
-may run side by side. Writes comm_channels.md and comm_channels.png beside it.
+Trains with the defaults of train.py (64x64 pixels in 2x2 tiles) but for depth, K and seed. A K that
+is larger than the coarse map has channels is left out: at depth 2 that has 32. What has been trained
+before is not trained again. Writes comm_channels.md and comm_channels.png to runs/comm_channels.
 """
 
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 
-from experiments.common import (CLASS_HEADER, CLASSES, QUICK, append_rows, class_scores, different, is_measured,
-                                make_folder, make_parser, parameters, plot_spread, read_rows, save_table,
-                                spread_of_columns, trained, where)
+from experiments.common import (CLASS_HEADER, QUICK, class_scores, make_folder, make_parser, parameters,
+                                parse, plot_spread, save_table, train_seeds)
 from support import plots
 from support.options import number
 
 WIDTH = 8  # train.py's default
 
 
-def measure(case: dict, folder: Path, options: list[str]) -> dict:
-    """The row of a case. Its model is trained now, unless it has been trained before."""
-    depth, channels, seed = case["depth"], case["channels"], case["seed"]
-    out = folder / f"depth{depth}-k{channels}-seed{seed}"
-    of_case = ["--depth", str(depth), "--comm-channels", str(channels), "--seed", str(seed)]
-    metrics = trained(out, ["--grid", "2x2"] + options + of_case)
-    return {**case, "parameters": metrics["parameters"], **class_scores(metrics["test"])}
+def draw(path: Path, results: dict[int, dict]):
+    """A panel for the line and one for the circle, a line in it for each depth.
 
-
-def save_scores(path: Path, rows: list[dict]):
-    table = []
-    for depth in different(rows, "depth"):
-        of_depth = where(rows, depth=depth)
-        for channels in different(of_depth, "channels"):
-            mine = where(of_depth, channels=channels)
-            cells = [f"{depth:.0f}", f"{channels:.0f}", parameters(mine)]
-            table.append(cells + spread_of_columns(mine, CLASSES) + [len(mine)])
-    save_table(path, ["depth", "K", "parameters"] + CLASS_HEADER + ["seeds"], table)
-
-
-def draw(path: Path, rows: list[dict]):
-    """The line on the left, the classes that a tile can find alone on the right; a colour for each depth."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
-    for i, depth in enumerate(different(rows, "depth")):
-        mine = where(rows, depth=depth)
-        color = f"C{i}"
-        name = f"depth {depth:.0f}"
-        plot_spread(left, mine, "channels", "line", marker="o", color=color, label=name)
-        plot_spread(right, mine, "channels", "background", marker=".", linestyle="-", color=color,
-                    label=f"background, {name}")
-        plot_spread(right, mine, "channels", "circle", marker=".", linestyle=":", color=color,
-                    label=f"circle, {name}")
-    ticks = [int(channels) for channels in different(rows, "channels")]
-    for axes in (left, right):
+    results: for each depth the runs of each K.
+    """
+    figure, panels = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
+    for axes, name in zip(panels, ("line", "circle")):
+        for depth, of_depth in results.items():
+            values = {}
+            for channels, runs in of_depth.items():
+                values[channels] = [run["test"]["iou"][name] for run in runs]
+            plot_spread(axes, values, marker="o", label=f"depth {depth}")
         axes.set_xscale("symlog", linthresh=1)
-        axes.set_xticks(ticks, ticks)
-        axes.minorticks_off()
-        axes.set(xlabel="communicated channels K", ylabel="test IoU")
+        axes.set(title=name, xlabel="communicated channels K", ylabel="test IoU")
         axes.grid(alpha=0.3)
-        if rows:
-            axes.legend(fontsize=9)
-    left.set(title="line", ylim=(-0.02, 1))
-    right.set(title="background and circle")
+        axes.legend()
+    panels[0].set_ylim(-0.02, 1)
     plots.save(figure, path)
 
 
@@ -74,28 +45,28 @@ def main(arguments: list[str] | None = None):
     parser = make_parser(__doc__.splitlines()[0])
     parser.add_argument("--depths", type=number(1), nargs="+", default=[2, 3, 4], help="poolings")
     parser.add_argument("--channels", type=number(0), nargs="+", default=[0, 1, 4, 16, 64], help="communicated, K")
-    asked = parser.parse_args(arguments)
-    options = []
+    asked = parse(parser, arguments)
+    options = ["--grid", "2x2"]
     width = WIDTH
     if asked.quick:
-        options = QUICK
+        options += QUICK
         width = 2
-        asked.seeds = [0]
         asked.depths = [1, 2]
         asked.channels = [0, 8]
 
     folder = make_folder("comm_channels", asked.quick)
-    results = folder / "comm_channels.csv"
-    for seed in asked.seeds:
-        for depth in asked.depths:
-            for channels in asked.channels:
-                case = {"depth": depth, "channels": channels, "seed": seed}
-                if channels <= width * 2**depth and not is_measured(results, case):
-                    append_rows(results, [measure(case, folder, options)])
-
-    rows = read_rows(results)
-    save_scores(folder / "comm_channels.md", rows)
-    draw(folder / "comm_channels.png", rows)
+    results = {depth: {} for depth in asked.depths}
+    table = []
+    for depth in asked.depths:
+        for channels in asked.channels:
+            if channels > width * 2**depth:
+                continue
+            of_case = ["--depth", str(depth), "--comm-channels", str(channels)]
+            runs = train_seeds(folder, f"depth{depth}-k{channels}", options + of_case, asked.seeds)
+            results[depth][channels] = runs
+            table.append([depth, channels, parameters(runs), *class_scores(runs)])
+    save_table(folder / "comm_channels.md", ["depth", "K", "parameters", *CLASS_HEADER], table)
+    draw(folder / "comm_channels.png", results)
 
 
 if __name__ == "__main__":

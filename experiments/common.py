@@ -1,22 +1,24 @@
-"""What the experiments share: runs and results that are not made twice, tables, pictures of several seeds.
+"""What the experiments share: runs of train.py that are not made twice, tables, and lines with a spread.
 
-A result is a row of a CSV file: a dictionary from the name of each column to a number or a text.
-What tells the rows of one measurement from the others (the model, the seed, ...) is called its
-case.
+A run is the dictionary of its metrics.json. Each model is trained with several seeds, so a model has a list of runs.
 """
 
-import csv
 import json
 import shutil
 import statistics
+from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
 
 import torch
 from torch import nn
+from torch.utils.data import Subset
 
 import train
 from comm_net import CommNet
+from support import plots
+from support.checkpoints import write_json
+from support.datasets import build_datasets
 from support.model import load_model
 from support.options import DefaultsInHelp, Parser, number
 
@@ -24,11 +26,14 @@ HERE = Path(__file__).parent
 CPU_OR_GPUS = [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
 if not CPU_OR_GPUS:
     CPU_OR_GPUS = [torch.device("cpu")]
-QUICK = "--train-images 32 --epochs 1 --width 2 --comm-channels 4".split()  # options of a run that takes seconds
+QUICK = "--train-images 8 --epochs 1 --width 2 --comm-channels 4".split()  # options of a run that takes seconds
+TALKING = "with communication"
+SILENT = "without communication"
+WHOLE = "plain U-Net, whole image"
 MODELS = {  # the three-way comparison: options of train.py
-    "with communication": [],
-    "without communication": ["--comm-channels", "0"],
-    "plain U-Net, whole image": ["--grid", "1x1", "--comm-channels", "0"],
+    TALKING: [],
+    SILENT: ["--comm-channels", "0"],
+    WHOLE: ["--grid", "1x1", "--comm-channels", "0"],
 }
 CLASSES = ["line", "background", "circle"]  # of the synthetic images, the hard one first
 CLASS_HEADER = [f"IoU {name}" for name in CLASSES]
@@ -45,6 +50,14 @@ def make_parser(description: str) -> Parser:
     return parser
 
 
+def parse(parser: Parser, arguments: list[str] | None):
+    """The options. A smoke run has one seed."""
+    asked = parser.parse_args(arguments)
+    if asked.quick:
+        asked.seeds = [0]
+    return asked
+
+
 def make_folder(name: str, quick: bool) -> Path:
     """The folder of an experiment, runs/NAME, or runs/NAME-quick for a smoke run."""
     if quick:
@@ -54,15 +67,10 @@ def make_folder(name: str, quick: bool) -> Path:
     return folder
 
 
-def file_name(name: str) -> str:
-    """The name of a model, as part of the name of a folder."""
-    return name.replace(" ", "-").replace(",", "").replace("'", "")
-
-
 # Runs of train.py
 
 def trained(out: Path, options: list[str], comm_net: type[nn.Module] = CommNet) -> dict:
-    """The metrics of the run in the folder `out`.
+    """The run in the folder `out`.
 
     It is trained now, unless it has been trained before; an interrupted run goes on. In float32, so
     that the hardware makes little difference. comm_net: another communication network than that of
@@ -81,73 +89,32 @@ def trained(out: Path, options: list[str], comm_net: type[nn.Module] = CommNet) 
     return json.loads((out / "metrics.json").read_text())
 
 
-def load(out: Path, comm_net: type[nn.Module] = CommNet) -> tuple[nn.Module, dict]:
-    """The network of a run on the first device, and its configuration."""
-    with mock.patch("support.model.CommNet", comm_net):
-        model, config = load_model(out / "best.pt")
+def train_seeds(folder: Path, name: str, options: list[str], seeds: list[int],
+                comm_net: type[nn.Module] = CommNet) -> list[dict]:
+    """The runs of a model, one for each seed."""
+    runs = []
+    for seed in seeds:
+        out = run_folder(folder, name, seed)
+        runs.append(trained(out, options + ["--seed", str(seed)], comm_net))
+    return runs
+
+
+def run_folder(folder: Path, name: str, seed: int) -> Path:
+    name = name.replace(" ", "-").replace(",", "")
+    return folder / f"{name}-seed{seed}"
+
+
+def load(out: Path) -> tuple[nn.Module, dict]:
+    """The network of the run in the folder `out`, on the first device, and its configuration."""
+    model, config = load_model(out / "best.pt")
     return model.to(CPU_OR_GPUS[0]), config
 
 
-def class_scores(scores: dict) -> dict[str, float]:
-    """The IoU of each class of the synthetic images, in the order of CLASSES. scores: what `train.evaluate` returns."""
-    return {name: scores["iou"][name] for name in CLASSES}
-
-
-# Results
-
-def read_rows(path: Path) -> list[dict]:
-    """The rows of a CSV file, numbers as numbers; none if there is no file."""
+def measured(path: Path, measure: Callable, *arguments):
+    """What measure(*arguments) returns, which is kept in a JSON file, so that it is not measured twice."""
     if not path.exists():
-        return []
-    rows = []
-    with open(path, newline="") as file:
-        for texts in csv.DictReader(file):
-            rows.append({name: number_or_text(text) for name, text in texts.items()})
-    return rows
-
-
-def number_or_text(text: str) -> float | str:
-    try:
-        return float(text)
-    except ValueError:
-        return text
-
-
-def append_rows(path: Path, rows: list[dict]):
-    """Adds rows to a CSV file, so that an interrupted experiment goes on where it was."""
-    is_new = not path.exists()
-    with open(path, "a", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        if is_new:
-            writer.writeheader()
-        writer.writerows(rows)
-
-
-def is_measured(path: Path, case: dict) -> bool:
-    """Whether the CSV file has a row of this case. It is read anew, as another process may have written to it."""
-    return len(where(read_rows(path), **case)) > 0
-
-
-def where(rows: list[dict], **values) -> list[dict]:
-    """The rows that hold these values."""
-    return [row for row in rows if holds(row, values)]
-
-
-def holds(row: dict, values: dict) -> bool:
-    for name, value in values.items():
-        if row[name] != value:
-            return False
-    return True
-
-
-def column(rows: list[dict], name: str) -> list:
-    """The values of a column, in the order of the rows."""
-    return [row[name] for row in rows]
-
-
-def different(rows: list[dict], name: str) -> list:
-    """The values of a column, each once, sorted."""
-    return sorted(set(column(rows, name)))
+        write_json(path, measure(*arguments))
+    return json.loads(path.read_text())
 
 
 # Tables
@@ -157,14 +124,22 @@ def mean_and_spread(values: list[float]) -> str:
     return f"{statistics.mean(values):.3f} ({min(values):.3f} to {max(values):.3f})"
 
 
-def spread_of_columns(rows: list[dict], names: list[str]) -> list[str]:
-    """`mean (smallest to largest)` of each of these columns."""
-    return [mean_and_spread(column(rows, name)) for name in names]
+def mean_iou(runs: list[dict]) -> str:
+    """Of the test images."""
+    return mean_and_spread([run["test"]["mean_iou"] for run in runs])
 
 
-def parameters(rows: list[dict]) -> str:
-    """The number of parameters of a model, of which these are rows."""
-    return f"{rows[0]['parameters']:,.0f}"
+def class_scores(runs: list[dict], classes: list[str] = CLASSES) -> list[str]:
+    """The IoU of each class, of the test images."""
+    cells = []
+    for name in classes:
+        cells.append(mean_and_spread([run["test"]["iou"][name] for run in runs]))
+    return cells
+
+
+def parameters(runs: list[dict]) -> str:
+    """The number of parameters of a model."""
+    return f"{runs[0]['parameters']:,}"
 
 
 def save_table(path: Path, header: list[str], rows: list[list]):
@@ -183,23 +158,31 @@ def table_line(cells: list) -> str:
 
 # Pictures
 
-def plot_spread(axes, rows: list[dict], x: str, y: str, **style):
-    """A line through the mean of the column y at every value of the column x, with a band from the
-    smallest to the largest."""
-    positions = different(rows, x)
+def draw_models(path: Path, folders: dict[str, Path], images: list[int]):
+    """Test images with these numbers, their true masks, and what each model makes of them.
+
+    folders: that of a run of each model. All show the tiles of the first model.
+    """
+    columns = {}
+    boxes = []
+    for name, folder in folders.items():
+        model, config = load(folder)
+        dataset = Subset(build_datasets(config)["test"], images)
+        pictures, tiles = train.predict_some(model, dataset, config, CPU_OR_GPUS[:1])
+        columns["image"] = pictures["image"]
+        columns["true mask"] = pictures["true mask"]
+        columns[name.replace(" ", "\n", 1)] = pictures["prediction"]
+        if not boxes:
+            boxes = tiles
+    plots.draw_predictions(path, columns, boxes, config["classes"], config["colors"])
+
+
+def plot_spread(axes, values: dict[float, list[float]], **style):
+    """A line through the mean of the values at each x, with a band from the smallest to the largest."""
     means, smallest, largest = [], [], []
-    for position in positions:
-        values = [row[y] for row in rows if row[x] == position]
-        means.append(statistics.mean(values))
-        smallest.append(min(values))
-        largest.append(max(values))
-    (line,) = axes.plot(positions, means, **style)
-    axes.fill_between(positions, smallest, largest, color=line.get_color(), alpha=0.15, linewidth=0)
-
-
-def bar_spread(axes, x: float, values: list[float], **style):
-    """A bar as high as the mean, and a dot for every value. No values, no bar."""
-    if values:
-        axes.bar(x, statistics.mean(values), **style)
-        axes.set_axisbelow(True)  # the grid
-        axes.plot([x] * len(values), values, "o", color="black", markersize=3.5, alpha=0.7)
+    for of_x in values.values():
+        means.append(statistics.mean(of_x))
+        smallest.append(min(of_x))
+        largest.append(max(of_x))
+    (line,) = axes.plot(list(values), means, **style)
+    axes.fill_between(list(values), smallest, largest, color=line.get_color(), alpha=0.15, linewidth=0)

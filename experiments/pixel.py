@@ -6,8 +6,8 @@
 The image is a row of 8 tiles of 32x32 pixels with a disc near each end. The pixel is in the middle
 of the line between them. The answer at this pixel is the logit of "line" less the logit of
 "background". Shown is the size of its gradient with respect to every pixel of the image: it is
-large where a small change of the image would change the answer most. The frame holds all that the
-answer can depend on; beyond it the gradient is exactly zero.
+large where a small change of the image would change the answer most. The frame holds all pixels with
+a gradient; beyond it the gradient is exactly zero.
 
 Trains the four networks, unless that has been done before. Writes runs/pixel/pixel.png; that in experiments/ is a copy.
 """
@@ -20,7 +20,7 @@ from matplotlib.colors import LogNorm
 from torch import Tensor, nn
 
 import train
-from decompose import Box, Tiling, keep_logits
+from decompose import Tiling
 from experiments.common import make_folder, trained
 from support import plots
 from support.model import load_model
@@ -48,6 +48,10 @@ def logits_at(pixel: tuple[int, int], model: nn.Module, images: Tensor, config: 
     """One image (1,C,H,W) -> the logits (L,) at a pixel."""
     tiling = build_tiling(config, images.shape[-2:])
     devices = [torch.device("cpu")]
+
+    def keep_logits(i: int, logits: Tensor) -> Tensor:
+        return logits
+
     tiles = train.run_tiles(model, images, tiling, devices, config, keep_logits)
     row, column = pixel
     return tiling.stitch(tiles)[0, :, row, column]
@@ -62,56 +66,6 @@ def gradient_size(pixel: tuple[int, int], model: nn.Module, images: Tensor, conf
     return images.grad[0].abs().sum(dim=0)
 
 
-# What it can see at most
-
-def receptive_field(pixel: int, depth: int) -> tuple[int, int]:
-    """The first pixel, and the one after the last, that a U-Net looks at for one pixel, along one axis.
-
-    The way that leads furthest goes through the coarse map. The two 3x3 convolutions of a level
-    look 2 to each side. At the border of the image the rest is cut off.
-    """
-    first, last = pixel, pixel
-    for _ in range(depth):  # the decoder, backwards
-        first = (first - 2) // 2
-        last = (last + 2) // 2
-    first -= 2  # the coarse map
-    last += 2
-    for _ in range(depth):  # the encoder, backwards
-        first = 2 * first - 2
-        last = 2 * last + 1 + 2
-    return first, last + 1
-
-
-def seen_along(axis: int, pixel: int, model: nn.Module, tiling: Tiling, depth: int) -> tuple[int, int]:
-    """The first pixel, and the one after the last, that the answer at one pixel can depend on, along an axis.
-
-    Without communication: its receptive field, as far as its tile goes. With communication: the
-    tiles that have a part within the reach of the communication network, counted from the border of
-    its own tile.
-    """
-    spans = tiling.spans(axis, overlap=0)
-    for start, stop in spans:
-        if start <= pixel < stop:
-            own_start, own_stop = start, stop
-    if model.comm_net is None:
-        first, last = receptive_field(pixel, depth)
-        return max(first, own_start), min(last, own_stop)
-    reach = model.comm_net.reach(depth)
-    heard = []
-    for start, stop in spans:
-        if stop > own_start - reach and start < own_stop + reach:
-            heard.append((start, stop))
-    return heard[0][0], heard[-1][1]
-
-
-def box_seen(pixel: tuple[int, int], model: nn.Module, tiling: Tiling, depth: int) -> Box:
-    """All that the answer at a pixel can depend on lies in this box."""
-    row, column = pixel
-    top, bottom = seen_along(0, row, model, tiling, depth)
-    left, right = seen_along(1, column, model, tiling, depth)
-    return top, bottom, left, right
-
-
 # The picture
 
 def middle_of_line(mask: Tensor) -> tuple[int, int]:
@@ -122,7 +76,7 @@ def middle_of_line(mask: Tensor) -> tuple[int, int]:
     return row.item(), column.item()
 
 
-def mark(axes, pixel: tuple[int, int], boxes: list[Box], title: str, answer: str):
+def mark(axes, pixel: tuple[int, int], boxes: list, title: str, answer: str):
     """What all strips have: tile borders, a cross at the pixel, a title, and at the right the answer."""
     for _, _, left, _ in boxes[1:]:
         axes.axvline(left - 0.5, color="#909090", linewidth=0.8)
@@ -134,10 +88,13 @@ def mark(axes, pixel: tuple[int, int], boxes: list[Box], title: str, answer: str
     axes.set_title(answer, loc="right", fontsize=11)
 
 
-def draw_frame(axes, box: Box):
-    top, bottom, left, right = box
-    corner = (left - 0.5, top - 0.5)
-    frame = plt.Rectangle(corner, right - left, bottom - top, fill=False, edgecolor="#35d0e8", linewidth=2.5)
+def draw_frame(axes, size: Tensor):
+    """A frame around all pixels of (H,W) that are not zero."""
+    rows, columns = torch.where(size > 0)
+    corner = (columns.min() - 0.5, rows.min() - 0.5)
+    width = columns.max() - columns.min() + 1
+    height = rows.max() - rows.min() + 1
+    frame = plt.Rectangle(corner, width, height, fill=False, edgecolor="#35d0e8", linewidth=2.5)
     frame.set(clip_on=False, zorder=3)
     axes.add_patch(frame)
 
@@ -151,10 +108,11 @@ def draw(path: Path, folder: Path, image: Tensor, mask: Tensor):
         model, config = load_model(folder / name / "best.pt")
         tiling = build_tiling(config, mask.shape)
         size = gradient_size(pixel, model, images, config)
+        draw_frame(axes, size)
         size = size / size.max()
         size = size.clamp(min=SMALLEST)  # a logarithmic scale has no zero
-        picture = axes.imshow(size.numpy(), cmap="magma", norm=LogNorm(SMALLEST, 1), interpolation="nearest")
-        draw_frame(axes, box_seen(pixel, model, tiling, config["depth"]))
+        scale = LogNorm(SMALLEST, 1)
+        picture = axes.imshow(size.numpy(), cmap="magma", norm=scale, interpolation="nearest")
         with torch.no_grad():
             probability = logits_at(pixel, model, images, config).softmax(dim=0)[LINE].item()
         mark(axes, pixel, tiling.boxes, title, f"line at +: {probability:.0%}")
@@ -163,7 +121,7 @@ def draw(path: Path, folder: Path, image: Tensor, mask: Tensor):
     plots.show(strips[0], mask, [], config["colors"])
     mark(strips[0], pixel, tiles.boxes, "the mask to find, and the eight tiles", "line at +: yes")
     bar = figure.colorbar(picture, ax=strips, orientation="horizontal", fraction=0.03, aspect=60, pad=0.02)
-    bar.set_label("influence of each pixel on the answer at +, the largest is 1 (frame: all that it can see)")
+    bar.set_label("influence of each pixel on the answer at +, the largest is 1 (frame: all that is not zero)")
     plots.save(figure, path)
 
 

@@ -1,16 +1,14 @@
 """How far does it see? The line between two discs against their distance in tiles, for networks of several reaches.
 
-    OMP_NUM_THREADS=1 python -m experiments.reach                       # 110 minutes of one core
-    OMP_NUM_THREADS=1 python -m experiments.reach --grids 1x16          # 80 minutes of one core
-    OMP_NUM_THREADS=1 python -m experiments.reach --grids 4x4           # 3 hours of one core
+    OMP_NUM_THREADS=1 python -m experiments.reach                       # 70 minutes of one core
+    OMP_NUM_THREADS=1 python -m experiments.reach --grid 1x16           # 80 minutes of one core
+    OMP_NUM_THREADS=1 python -m experiments.reach --grid 4x4            # 3 hours of one core
     python -m experiments.reach --quick                                 # seconds
 
 The images are a row of 8 or 16 tiles of 32x32 pixels, or a square of 4x4; the discs lie in any two
 of them. Every model is trained on 2000 images for 12 epochs. Then the line IoU of 2000 others is
-taken, all together and by distance (in a square: rows or columns apart, whichever are more).
-Results are added to runs/reach/reach.csv as they come, what is there already is not made again, and
-two processes with different --grids or --seeds may run side by side. Writes reach.md and reach.png
-beside it.
+taken, all together and by distance (in a square: rows or columns apart, whichever are more). What
+has been trained before is not trained again. Writes reach_GRID.md and reach_GRID.png to runs/reach.
 """
 
 from pathlib import Path
@@ -21,98 +19,50 @@ from matplotlib.ticker import MaxNLocator
 from torch.utils.data import DataLoader, Subset
 
 import train
-from comm_net import CommNet
-from experiments.common import (CPU_OR_GPUS, append_rows, column, file_name, is_measured, load, make_folder,
-                                make_parser, mean_and_spread, parameters, plot_spread, read_rows, save_table, trained,
-                                where)
+from experiments.common import (CPU_OR_GPUS, load, make_folder, make_parser, mean_and_spread, measured, parameters,
+                                parse, plot_spread, run_folder, save_table, train_seeds)
 from support import plots
 from support.options import pair
 from synthetic import LinesAndCircles
 
-
-class Added(CommNet):
-    """Adds what it has to say to the channels it was given, instead of replacing them."""
-
-    def forward(self, coarse_map):
-        return coarse_map + super().forward(coarse_map)
-
-
+PAPER = "3 convolutions (the paper's)"
+PLAIN = "plain U-Net"
+DEEP = "plain U-Net, depth 5"
 MODELS = {  # options of train.py
-    "3 convolutions, K 32 (the paper's)": "",
+    PAPER: "",
     "6 convolutions, K 22": "--comm-channels 22 --dilations 1 1 1 1 1 1",
-    "dilations 1 2 4, K 32": "--comm-channels 32 --dilations 1 2 4",
-    "dilations 1 2 4, K 16": "--comm-channels 16 --dilations 1 2 4",
+    "dilations 1 2 4": "--dilations 1 2 4",
     "dilations 1 2 4 8, K 27": "--comm-channels 27 --dilations 1 2 4 8",
-    "dilations 1 2 4 8, K 27, added": "--comm-channels 27 --dilations 1 2 4 8",
     "dilations 1 2 4 8 16, K 24": "--comm-channels 24 --dilations 1 2 4 8 16",
-    "plain U-Net": "--grid 1x1 --comm-channels 0 --width 8 --depth 3",
-    "plain U-Net, width 10": "--grid 1x1 --comm-channels 0 --width 10 --depth 3",
-    "plain U-Net, depth 4": "--grid 1x1 --comm-channels 0 --width 8 --depth 4",
-    "plain U-Net, depth 5": "--grid 1x1 --comm-channels 0 --width 8 --depth 5",
-}
-COMM_NETS = {"dilations 1 2 4 8, K 27, added": Added}  # where it is another than that of comm_net.py
-COLORS = {  # the models that are drawn, each in the same colour in every panel and every picture
-    "3 convolutions, K 32 (the paper's)": "tab:blue",
-    "dilations 1 2 4, K 32": "tab:green",
-    "dilations 1 2 4 8, K 27": "tab:purple",
-    "dilations 1 2 4 8 16, K 24": "black",
-    "plain U-Net": "tab:orange",
-    "plain U-Net, depth 5": "tab:red",
+    PLAIN: "--grid 1x1 --comm-channels 0",
+    DEEP: "--grid 1x1 --comm-channels 0 --depth 5",
 }
 GRIDS = {  # tiles of the image: the models
-    "1x8": [
-        "3 convolutions, K 32 (the paper's)",
-        "6 convolutions, K 22",
-        "dilations 1 2 4, K 32",
-        "dilations 1 2 4, K 16",
-        "dilations 1 2 4 8, K 27",
-        "dilations 1 2 4 8, K 27, added",
-        "plain U-Net",
-        "plain U-Net, width 10",
-        "plain U-Net, depth 4",
-        "plain U-Net, depth 5",
-    ],
-    "1x16": ["3 convolutions, K 32 (the paper's)", "dilations 1 2 4 8 16, K 24", "plain U-Net, depth 5"],
-    "4x4": ["3 convolutions, K 32 (the paper's)", "dilations 1 2 4, K 32", "plain U-Net", "plain U-Net, depth 5"],
+    "1x8": [PAPER, "6 convolutions, K 22", "dilations 1 2 4", "dilations 1 2 4 8, K 27", PLAIN, DEEP],
+    "1x16": [PAPER, "dilations 1 2 4 8 16, K 24", DEEP],
+    "4x4": [PAPER, "dilations 1 2 4", PLAIN, DEEP],
 }
 TRAINING = "--train-images 2000 --epochs 12 --lr 0.005".split()
-QUICK = "--train-images 8 --epochs 1 --batch-size 4".split()
-TESTED = 2000  # images
+QUICK = "--train-images 4 --epochs 1 --batch-size 4".split()
 TILE = 32  # pixels
 CELL = 8  # pixels, at depth 3
 
 
-# Training and scores
+# Scores
 
-def measure(case: dict, folder: Path, training: list[str], images: int) -> list[dict]:
-    """The rows of a case, one for each distance. Its model is trained now, unless it has been trained before."""
-    grid, name, seed = case["tiles"], case["model"], case["seed"]
-    rows, columns = pair(grid)
-    options = ["--grid", grid, "--image-size", f"{TILE * rows}x{TILE * columns}"]
-    options += training + MODELS[name].split() + ["--seed", str(seed)]
-    comm_net = COMM_NETS.get(name, CommNet)
-    out = folder / f"{grid}-{file_name(name)}-seed{seed}"
-    metrics = trained(out, options, comm_net)
-    model, config = load(out, comm_net)
-    reach = 0
-    if model.comm_net is not None:
-        reach = model.comm_net.reach(depth=0)  # in cells
-    measured = []
-    for distance, score in scores_by_distance(model, config, images).items():
-        measured.append({**case, "parameters": metrics["parameters"], "reach": reach, "distance": distance,
-                         "line_iou": score})
-    return measured
+def scores_by_distance(out: Path, images: int) -> dict[str, float]:
+    """Line IoU of images that were not seen in training, by the distance of the discs in tiles; "all" for all.
 
-
-def scores_by_distance(model, config: dict, images: int) -> dict[int, float]:
-    """Line IoU of images that were not seen in training, by the distance of the discs in tiles; 0 stands for all."""
+    out: the folder of a run.
+    """
+    model, config = load(out)
     grid = [side // TILE for side in config["image_size"]]
     data = LinesAndCircles(images, config["image_size"], grid, "test", config["seed"])
-    at_distance = {0: list(range(images))}  # numbers of images
+    at_distance = {"all": list(range(images))}  # numbers of images
     for distance in range(1, max(grid)):
-        at_distance[distance] = []
+        at_distance[str(distance)] = []
     for i in range(images):
-        at_distance[distance_of_discs(data, i)].append(i)
+        at_distance[str(distance_of_discs(data, i))].append(i)
     scores = {}
     for distance, chosen in at_distance.items():
         if chosen:
@@ -127,78 +77,68 @@ def distance_of_discs(data: LinesAndCircles, i: int) -> int:
     return int(abs(first - second).max())
 
 
-# The table and the picture
-
-def save_scores(path: Path, rows: list[dict]):
-    table = []
-    for grid, names in GRIDS.items():
-        for name in names:
-            mine = where(rows, tiles=grid, model=name, distance=0)
-            if mine:
-                reach = "-"
-                if mine[0]["reach"] > 0:
-                    reach = f"{mine[0]['reach']:.0f}"
-                score = mean_and_spread(column(mine, "line_iou"))
-                table.append([grid, name, reach, parameters(mine), score, len(mine)])
-    save_table(path, ["tiles", "model", "reach, cells", "parameters", "line IoU", "seeds"], table)
+def reach_in_cells(dilations: list[int], comm_channels: int) -> int | None:
+    """How far the communication network sees: a 5x5 convolution 2 cells, times its dilation. None if there is none."""
+    if comm_channels == 0:
+        return None
+    return 2 * sum(dilations)
 
 
-def draw(path: Path, rows: list[dict]):
-    """Line IoU against distance, a panel for each grid that has rows."""
-    grids = [grid for grid in GRIDS if where(rows, tiles=grid)]
-    if not grids:
-        grids = list(GRIDS)
-    figure, panels = plt.subplots(1, len(grids), figsize=(6.4 * len(grids), 5), squeeze=False, sharey=True,
-                                  layout="constrained")
-    for axes, grid in zip(panels[0], grids):
-        draw_panel(axes, GRIDS[grid], where(rows, tiles=grid))
-        axes.set_title(f"{grid} tiles of {TILE}x{TILE} pixels")
-    panels[0][0].set_ylabel("line IoU")
-    plots.save(figure, path)
+# The picture
 
+def draw(path: Path, grid: str, curves: dict[str, list[dict]], reaches: dict[str, int | None]):
+    """Line IoU against distance: a line for each model, dashed for plain U-Nets, and its reach as a dotted line.
 
-def draw_panel(axes, names: list[str], rows: list[dict]):
-    """A line for each model that has a colour, dashed for plain U-Nets, and its reach as a dotted line."""
-    for name in names:
-        if name not in COLORS:
-            continue
-        mine = [row for row in where(rows, model=name) if row["distance"] > 0]
-        style = "--" if name.startswith("plain") else "-"
-        plot_spread(axes, mine, "distance", "line_iou", marker="o", color=COLORS[name], label=name, linestyle=style)
-        if mine and mine[0]["reach"] > 0:
-            axes.axvline(mine[0]["reach"] * CELL / TILE, color=COLORS[name], linestyle=":")
-    axes.set(xlabel="distance of the discs, in tiles (dotted: how far the communication reaches)", ylim=(0, 1))
+    curves: for each model what `scores_by_distance` returned for each seed.
+    """
+    figure, axes = plt.subplots(figsize=(7, 5), layout="constrained")
+    for i, (name, of_seeds) in enumerate(curves.items()):
+        values = {}
+        for scores in of_seeds:
+            for distance, score in scores.items():
+                if distance != "all":
+                    values.setdefault(int(distance), []).append(score)
+        style = "--" if reaches[name] is None else "-"
+        plot_spread(axes, dict(sorted(values.items())), marker="o", color=f"C{i}", label=name, linestyle=style)
+        if reaches[name] is not None:
+            axes.axvline(reaches[name] * CELL / TILE, color=f"C{i}", linestyle=":")
+    axes.set(xlabel="distance of the discs, in tiles (dotted: how far the communication reaches)",
+             ylabel="line IoU", ylim=(0, 1), title=f"{grid} tiles of {TILE}x{TILE} pixels")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.13))  # below, where no line is
+    plots.save(figure, path)
 
 
 # The command
 
 def main(arguments: list[str] | None = None):
     parser = make_parser(__doc__.splitlines()[0])
-    parser.add_argument("--grids", nargs="+", choices=list(GRIDS), default=["1x8"], help="tiles of the image")
-    asked = parser.parse_args(arguments)
-    training = TRAINING
-    images = TESTED
+    parser.add_argument("--grid", choices=list(GRIDS), default="1x8", help="tiles of the image")
+    asked = parse(parser, arguments)
+    training, images = TRAINING, 2000
+    names = GRIDS[asked.grid]
     if asked.quick:
-        training = QUICK
-        images = 8
-        asked.grids = ["4x4"]
-        asked.seeds = [0]
+        training, images = QUICK, 4
+        names = names[-2:]
 
     folder = make_folder("reach", asked.quick)
-    results = folder / "reach.csv"
-    for grid in asked.grids:
+    rows, columns = pair(asked.grid)
+    options = ["--grid", asked.grid, "--image-size", f"{TILE * rows}x{TILE * columns}"] + training
+    table, curves, reaches = [], {}, {}
+    for name in names:
+        of_model = f"{asked.grid}-{name}"
+        runs = train_seeds(folder, of_model, options + MODELS[name].split(), asked.seeds)
+        config = runs[0]["config"]
+        reaches[name] = reach_in_cells(config["dilations"], config["comm_channels"])
+        curves[name] = []
         for seed in asked.seeds:
-            for name in GRIDS[grid]:
-                case = {"tiles": grid, "model": name, "seed": seed}
-                if not is_measured(results, case):
-                    append_rows(results, measure(case, folder, training, images))
-
-    rows = read_rows(results)
-    save_scores(folder / "reach.md", rows)
-    draw(folder / "reach.png", rows)
+            out = run_folder(folder, of_model, seed)
+            curves[name].append(measured(out / "by_distance.json", scores_by_distance, out, images))
+        score = mean_and_spread([scores["all"] for scores in curves[name]])
+        table.append([name, reaches[name] or "-", parameters(runs), score])
+    save_table(folder / f"reach_{asked.grid}.md", ["model", "reach, cells", "parameters", "line IoU"], table)
+    draw(folder / f"reach_{asked.grid}.png", asked.grid, curves, reaches)
 
 
 if __name__ == "__main__":

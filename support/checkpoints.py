@@ -1,4 +1,4 @@
-"""What a run leaves on disk: files that appear whole or not at all, and checkpoints that are data and never code."""
+"""What is left on disk: files that appear whole or not at all, and checkpoints that are data and never code."""
 
 import csv
 import errno
@@ -10,48 +10,33 @@ from pathlib import Path
 
 import torch
 
-UNFINISHED = ".unfinished-"  # begins the name of a file that does not count
+from support.options import UserError
 
 
-class CheckpointError(ValueError):
+class CheckpointError(UserError):
     """A checkpoint cannot be used. The message is one line that names the file and the fix."""
 
 
 @contextmanager
 def atomic_write(path: Path):
     """Gives the block another path to write to. Only when the block has ended well does that file
-    take the place of what stood at `path`. Afterwards a power cut does not undo this."""
-    unfinished = path.with_name(UNFINISHED + path.name)
+    take the place of what stood at `path`, and its content is on the disk by then. OSError: it
+    cannot be written; then what stood there is still there."""
+    unfinished = path.with_name(".unfinished-" + path.name[-50:])  # a name has at most 255 bytes on most disks
     try:
         yield unfinished
-        sync(unfinished)  # else the disk may know of the new name before it has the content
+        with open(unfinished, "rb+") as file:
+            os.fsync(file.fileno())
         os.replace(unfinished, path)
-        sync(path.parent)
-    except BaseException:  # also Ctrl-C
+    except BaseException as error:  # also Ctrl-C
         unfinished.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:  # as that of a full disk
+            error.filename = str(path)
         raise
 
 
-def sync(path: Path):
-    """Waits until the disk has the content of a file, or the names of the files in a folder. OSError."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        # Some file systems, of networks for example, cannot do it for folders; then no more can be done.
-        if not (path.is_dir() and error.errno == errno.EINVAL):
-            raise
-    finally:
-        os.close(descriptor)
-
-
-def is_unfinished(path: Path) -> bool:
-    """Whether the file was left behind by a write that a power cut ended."""
-    return path.name.startswith(UNFINISHED)
-
-
 def save(path: Path, state: dict):
-    """Writes a checkpoint. OSError: it cannot be written; then what stood there is still there."""
+    """Writes a checkpoint."""
     buffer = io.BytesIO()  # torch.save into a file says nothing of use when the disk is full
     torch.save(state, buffer)
     with atomic_write(path) as unfinished:
@@ -62,22 +47,17 @@ def load(path: Path, needs: tuple[str, ...] = ("config", "model")) -> dict:
     """What `save` wrote, with its tensors on the CPU.
 
     path: of the file, or of the folder of a run, which stands for its best.pt; needs: the entries that it must have.
-    CheckpointError: the file is not there, is damaged, lacks an entry, or holds anything but data.
+    CheckpointError: the file is damaged, lacks an entry, or holds anything but data. OSError: it cannot be read.
     """
     if path.is_dir():
         path = path / "best.pt"
-    if not path.is_file():
-        raise CheckpointError(f"{path}: no such file; name a checkpoint that train.py wrote, runs/NAME/best.pt")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file fails in as many ways as there are places in it
         if isinstance(error, OSError) and error.errno != errno.EINVAL:  # which is what PyTorch says of half a file
-            error.filename = str(path)
             raise
-        reason = "it is damaged, or no checkpoint"
-        if "GLOBAL" in str(error):  # as PyTorch calls what is not data
-            reason = "it holds code, which is not run"
-        raise CheckpointError(f"{path}: cannot be loaded, {reason}; name a checkpoint that train.py wrote") from None
+        raise CheckpointError(f"{path}: cannot be loaded: it is damaged, or no checkpoint, or holds code, which is "
+                              "not run; name a checkpoint that train.py wrote") from None
     if not isinstance(state, dict) or not set(needs) <= state.keys():
         raise CheckpointError(f"{path}: holds no {' and '.join(needs)}; name a checkpoint that train.py wrote")
     return state

@@ -5,13 +5,10 @@ from pathlib import Path
 
 from torch.utils.data import Dataset
 
-from support.identity import read_contents, times_of
-from support.image_files import DataError
-from support.image_folder import SPLITS, ImageFolder, class_names, open_folder
-from support.loaders import workers_before_training
+from support.folder import SPLITS, ImageFolder, class_names, open_folder, survey
+from support.images import DataError
 from support.loss import balanced_weights
-from support.sizes import check_sizes, check_smallest, smallest
-from support.survey import survey
+from support.sizes import check_sizes, check_tiling
 from synthetic import LinesAndCircles
 
 FEW_STEPS = 100  # fewer are often too few
@@ -24,11 +21,8 @@ def build_datasets(config: dict) -> dict[str, Dataset]:
     are kept apart by tiles of about 32x32 pixels, whatever the network's grid is, so that all
     models see the same images.
     """
-    seed = config["seed"]
-    if config["dataset"] != "synthetic":
-        deepglobe = config["dataset"] == "deepglobe"
-        cell = 2 ** config["depth"]
-        return open_folder(Path(config["data"]), deepglobe, seed, config["crop"], config["augment"], cell)
+    if config["dataset"] == "folder":
+        return open_folder(Path(config["data"]), config["seed"])
     height, width = config["image_size"]
     rows = max(height // 32, 1)
     columns = max(width // 32, 1)
@@ -36,109 +30,38 @@ def build_datasets(config: dict) -> dict[str, Dataset]:
     datasets = {}
     for split in SPLITS:
         length = count if split == "train" else max(count // 8, 1)
-        datasets[split] = LinesAndCircles(length, (height, width), (rows, columns), split, seed)
+        datasets[split] = LinesAndCircles(length, (height, width), (rows, columns), split, config["seed"])
     return datasets
 
 
 def describe(config: dict) -> dict:
-    """What the data add to the configuration: channels, dtype (None: any), classes, colors, mean,
-    std, image_size and loss_weights. Images from files also add smallest_image, and file_times and
-    file_contents, with which `check_unchanged` finds out later whether they are the same.
+    """What the data add to the configuration: channels, dtype (None: any), classes, colors, mean, std, image_size and
+    loss_weights; those of a folder also class_pixels, not_in_val, windows (how many of each training image an epoch
+    has) and files (see `sizes_of_files`).
 
-    Every image is read once, so that a broken file is found here and not in the third hour.
     DataError: an image or a mask cannot be used, or they do not go together or with the options.
     """
-    if config["dataset"] == "synthetic":
-        return describe_synthetic(config)
-    datasets = build_datasets(config)
-    names = class_names(Path(config["data"]), config["dataset"] == "deepglobe")
-    times = times_of(datasets)  # before they are read, so that a change in between will be noticed
-    images = sum(len(dataset.pairs) for dataset in datasets.values())
-    known, sizes = survey(datasets, names, workers_before_training(config, images))
-    known["file_times"] = times
-    known["smallest_image"] = smallest(config, sizes)
-    check_smallest(config | known)
-    known["image_size"] = check_sizes(config, sizes["train"], len(datasets["train"]))
-    classes = known["classes"]
-    if config["class_weights"] == ["balanced"]:
-        known["loss_weights"] = balanced_weights(known["class_pixels"])
+    if config["dataset"] == "folder":
+        known = describe_folder(config)
     else:
-        known["loss_weights"] = given_weights(config, classes)
-    train, val, test = (len(datasets[split].pairs) for split in SPLITS)
-    print(f"{len(classes)} classes ({', '.join(classes)}), {known['channels']}-channel images: {train} for train, "
-          f"{val} for val, {test} for test")
-    if datasets["train"].rows is not None:
-        print(epoch_line(datasets["train"]))
-    steps = config["epochs"] * math.ceil(len(datasets["train"]) / config["batch_size"])
-    if 0 < steps < FEW_STEPS:
-        print(f"{steps} steps of training are few: take more --epochs or a smaller --batch-size")
+        known = describe_synthetic(config)
+    weights = config["class_weights"]
+    classes = known["classes"]
+    if weights == ["balanced"]:
+        weights = balanced_weights(known["class_pixels"])
+    if weights is not None and (len(weights) != len(classes) or not any(weights)):
+        raise DataError(f"--class-weights: {len(weights)} numbers, but there are {len(classes)} classes "
+                        f"({', '.join(classes)}); give one for each, not all 0, or balanced")
+    known["loss_weights"] = weights
     return known
 
 
-def epoch_line(train: ImageFolder) -> str:
-    """A line that tells what an epoch is, if the training images are few and large."""
-    if train.crop is None:
-        return "an epoch learns from each training image once; with --crop HxW, from as many windows as cover it"
-    height, width = train.crop
-    return f"an epoch learns from {len(train)} windows of {height}x{width}, as many as cover the training rows"
-
-
-def check_unchanged(config: dict):
-    """DataError: the images of a run that goes on are not those that it was begun with.
-
-    Sets file_times, as they may have moved; and in runs that were begun before files had checksums,
-    all that is missing.
-    """
-    if config["dataset"] == "synthetic":
-        return
-    if "file_contents" not in config:
-        check_alike(config)
-        return
-    check_smallest(config)
-    datasets = build_datasets(config)
-    names = class_names(Path(config["data"]), config["dataset"] == "deepglobe")
-    if names is not None and names != config["classes"]:
-        raise DataError(f"{config['data']}: the classes were {', '.join(config['classes'])} and are "
-                        f"{', '.join(names)}; make classes.txt what it was, or remove it if there was none")
-    times = times_of(datasets)
-    if times == config["file_times"]:
-        return
-    files = 2 * sum(len(dataset.pairs) for dataset in datasets.values())
-    contents = read_contents(datasets, workers_before_training(config, files))
-    if contents != config["file_contents"]:
-        raise changed_error(config)
-    config["file_times"] = times
-
-
-def check_alike(config: dict):
-    """Compares what all images tell with what they told when an older version began the run. DataError: they differ.
-
-    Means and deviations may differ: they once depended on the number of threads, and on pixels that do not count.
-    """
-    found = describe(config)
-    for name in ("channels", "dtype", "classes", "image_size"):
-        if found[name] != config[name]:
-            raise changed_error(config)
-    print(f"{config['data']}: an older version began the run and kept no checksums of its images; make sure that they "
-          "are the same")
-    for name in ("file_times", "file_contents", "smallest_image", "not_in_val"):
-        config[name] = found[name]
-
-
-def changed_error(config: dict) -> DataError:
-    """The error to raise where the images are others."""
-    return DataError(f"{config['data']}: the images are not those of the run, as a file was changed, renamed, added or "
-                     "removed; put them back, name their folder with --data, or train anew")
-
-
 def describe_synthetic(config: dict) -> dict:
-    height, width = config["image_size"]
+    size = config["image_size"]
     try:
         data = build_datasets(config)["train"]
-    except ValueError:
-        raise DataError(f"--image-size {height}x{width}: synthetic images must hold two tiles of 32x32; take 64 or "
-                        "more for one side, 32 or more for the other") from None
-    size = check_sizes(config, {(height, width): "--image-size"}, len(data))
+    except ValueError as error:
+        raise DataError(f"--image-size: {error}; take 64 or more for one side, 32 or more for the other") from None
     return {
         "channels": data.channels,
         "dtype": None,
@@ -146,15 +69,51 @@ def describe_synthetic(config: dict) -> dict:
         "colors": data.colors,
         "mean": [0.0],
         "std": [1.0],
-        "image_size": size,
-        "loss_weights": given_weights(config, data.classes),
+        "image_size": check_sizes(config, {tuple(size): "--image-size"}),
     }
 
 
-def given_weights(config: dict, classes: list[str]) -> list[float] | None:
-    """The numbers of --class-weights. DataError: there is not one for each class."""
-    weights = config["class_weights"]
-    if weights is not None and len(weights) != len(classes):
-        raise DataError(f"--class-weights: {len(weights)} numbers, but there are {len(classes)} classes "
-                        f"({', '.join(classes)}); give one for each, or balanced")
-    return weights
+def describe_folder(config: dict) -> dict:
+    root = Path(config["data"])
+    datasets = build_datasets(config)
+    known, looks = survey(datasets, class_names(root))
+    known["files"] = sizes_of_files(root, datasets)
+    sizes = {look.size: look.image.name for look in looks["train"]}
+    known["image_size"] = check_sizes(config, sizes)
+    for look in looks["val"] + looks["test"]:
+        check_tiling(config | known, look.size, look.image.name)
+    known["windows"] = []
+    for look in looks["train"]:
+        window = math.prod(config["crop"] or look.size)
+        known["windows"].append(math.ceil(math.prod(look.size) / window))
+
+    counts = [f"{len(dataset)} for {split}" for split, dataset in datasets.items()]
+    classes = known["classes"]
+    print(f"{len(classes)} classes ({', '.join(classes)}), {known['channels']}-channel images: {', '.join(counts)}")
+    batches = math.ceil(sum(known["windows"]) / config["batch_size"])
+    steps = config["epochs"] * batches
+    if 0 < steps < FEW_STEPS:
+        print(f"{steps} steps of training are few: take more --epochs or a smaller --batch-size")
+    return known
+
+
+def sizes_of_files(root: Path, datasets: dict[str, ImageFolder]) -> dict[str, int]:
+    """The bytes of each image and each mask, by its path in the folder."""
+    sizes = {}
+    for dataset in datasets.values():
+        for pair in dataset.pairs:
+            for path in pair:
+                sizes[path.relative_to(root).as_posix()] = path.stat().st_size
+    return sizes
+
+
+def check_unchanged(config: dict):
+    """DataError: the files of a run that goes on are not those that it was begun with, by their names and sizes."""
+    if config["dataset"] == "folder":
+        root = Path(config["data"])
+        found = sizes_of_files(root, build_datasets(config))
+        changed = found.items() ^ config["files"].items()
+        if changed:
+            name, _ = min(changed)
+            raise DataError(f"{root / name}: this file is not the one that the run was begun with, by its name and size; "
+                            "put its images back, name their folder with --data, or train anew")

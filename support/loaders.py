@@ -4,159 +4,150 @@ Which image is in which batch, and how it is cropped and flipped, depends on the
 the image alone. The number of workers and the number of processes change nothing.
 """
 
+import math
 import os
-import signal
-import time
+import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, Subset, default_collate
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from support import processes
-from support.image_files import DataError
 from support.loss import IGNORE
 
 MOST_WORKERS = 4  # by default: each holds a few batches in memory
-WORKER_DIED = ("a process that reads images has died, perhaps because the memory, or its shared part in /dev/shm, is "
-               "full; take fewer --workers, or 0")
+LONGEST_TMPDIR = 70  # characters; the sockets of workers lie in it, and no system takes a longer path for one
 
 
-class Loader(DataLoader):
-    """PyTorch's loader, which also measures how long its user waits.
+class Augmented(Dataset):
+    """The images to learn from. Item (epoch, i, counts) is window i of that epoch, whoever reads it, and when.
 
-    seconds_waited: for the batches of the last pass, or of the current one so far.
-    DataError: an image cannot be read, or a worker has died.
+    windows: how many of each image an epoch has. crop: (height, width) of a window, somewhere else
+    each time; None: whole images. augment: flips, and quarter turns of square ones. Of a mapped
+    image, only the window is read. Of an item that does not count, no pixel of the mask does.
     """
 
-    seconds_waited = 0.0
+    def __init__(self, images: Dataset, windows: list[int], crop: tuple[int, int] | None, augment: bool, seed: int):
+        self.images = images
+        self.crop = crop
+        self.augment = augment
+        self.seed = seed
+        self.items = np.repeat(np.arange(len(windows)), windows).tolist()  # the number of the image of each window
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        self.seconds_waited = 0.0
-        started = time.perf_counter()
-        batches = None
-        try:
-            with ctrl_c_waits():
-                batches = super().__iter__()  # starts the workers
-            batch = next_batch(batches)
-            while batch is not None:
-                self.seconds_waited += time.perf_counter() - started
-                yield batch
-                started = time.perf_counter()
-                batch = next_batch(batches)
-        finally:
-            if batches is not None and self.num_workers > 0:
-                batches._shutdown_workers()  # else, after an error, PyTorch would wait long for the garbage collector
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, item: tuple[int, int, bool]) -> tuple[Tensor, Tensor]:
+        epoch, i, counts = item
+        image, mask = self.images[self.items[i]]
+        if not counts:
+            mask = torch.full_like(mask, IGNORE)
+        if self.crop is None and not self.augment:  # what is mapped is not read
+            return image, mask
+        rng = np.random.default_rng((self.seed, epoch, i))
+        height, width = self.crop or mask.shape
+        top = rng.integers(mask.shape[0] - height + 1)
+        left = rng.integers(mask.shape[1] - width + 1)
+        turns, mirrored = 0, False
+        if self.augment:
+            turns, mirrored = rng.integers(4), rng.integers(2)
+            if height != width:
+                turns *= 2  # half turns only
+        window = np.s_[..., top:top + height, left:left + width]
+        return turn(image[window], turns, mirrored), turn(mask[window], turns, mirrored)
 
 
-@contextmanager
-def ctrl_c_waits():
-    """Inside, Ctrl-C waits until the block has ended, and to processes that are forked here it means nothing.
+def turn(x: Tensor, turns: int, mirrored: bool) -> Tensor:
+    """An image or mask (...,H,W) after so many quarter turns, and mirrored or not. By numpy, as torch cannot flip 16 bits."""
+    array = np.rot90(x.numpy(), turns, axes=(-2, -1))
+    if mirrored:
+        array = array[..., ::-1]
+    # A copy, as torch has no negative strides, and a worker would send all that a window is a part of.
+    return torch.from_numpy(array.copy())
 
-    So it does not end a worker, whose death would be taken for another error, nor does Python lose
-    it while it starts one.
+
+class Batches(Sampler):
+    """The share of one group of processes in every batch of an epoch, as a list of items for `Augmented`: the images
+    group, group + groups, ... of the batch. The batches are those of a single process, so a run can go on with any number.
+
+    All processes must make the same number of steps, or they would wait for each other for ever. The last batch may
+    have fewer images than there are groups. Then the groups that are left without one get its first image, which
+    counts in their running statistics, but not in the loss.
     """
-    pressed = []
 
-    def wait(*signal_and_frame):
-        pressed.append(True)
+    def __init__(self, images: int, batch_size: int, seed: int):
+        self.images = images
+        self.batch_size = batch_size
+        self.seed = seed
+        self.epoch = 1
 
-    before = signal.signal(signal.SIGINT, wait)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-    if pressed:
-        signal.raise_signal(signal.SIGINT)
+    def set_epoch(self, epoch: int):
+        """Each epoch has another order, other crops and other flips."""
+        self.epoch = epoch
 
+    def __len__(self) -> int:
+        return math.ceil(self.images / self.batch_size)
 
-def next_batch(batches: Iterator) -> tuple[Tensor, Tensor] | None:
-    """The next batch, or None after the last one. DataError as above."""
-    try:
-        return next(batches, None)
-    except DataError as error:
-        *_, last_line = str(error).splitlines()  # before it, PyTorch puts the traceback of the worker
-        raise DataError(last_line.removeprefix("support.image_files.DataError: ")) from None
-    except RuntimeError as error:
-        if not is_death_of_a_worker(error):
-            raise
-        raise DataError(WORKER_DIED) from None
+    def __iter__(self) -> Iterator[list[tuple[int, int, bool]]]:
+        order = np.random.default_rng((self.seed, self.epoch)).permutation(self.images).tolist()
+        for start in range(0, self.images, self.batch_size):
+            batch = order[start:start + self.batch_size]
+            share = [(self.epoch, i, True) for i in batch[processes.group_rank()::processes.number_of_groups()]]
+            yield share or [(self.epoch, batch[0], False)]
 
 
-def is_death_of_a_worker(error: Exception) -> bool:
-    """PyTorch raises it wherever the program is at that moment, so perhaps in the middle of a
-    training step. An error that it caught in a worker, and raises again here, is another thing."""
-    return "DataLoader worker" in str(error) and "Caught" not in str(error)
+def make_loaders(datasets: dict[str, Dataset], config: dict) -> dict[str, DataLoader]:
+    """The batches of each split, for this process and the others of its group.
 
-
-def make_loaders(datasets: dict[str, Dataset], config: dict, order: torch.Generator) -> dict[str, Loader]:
-    """The batches of each split, for this process and the others of its group. order: shuffles the training images."""
-    batch_size = config["batch_size"]
-    options = {"generator": order, "collate_fn": collate}
-    shuffled = RandomSampler(datasets["train"], generator=order)
-    shares = processes.Shares(BatchSampler(shuffled, batch_size, drop_last=False))
+    Call `loaders["train"].batch_sampler.set_epoch` before each epoch. Images to evaluate are read without workers: so of
+    an array that is mapped into memory, only the tile at hand is read.
+    """
+    synthetic = config["dataset"] == "synthetic"
+    windows = config.get("windows", [1] * len(datasets["train"]))
+    augment = config["augment"] and not synthetic
+    train = Augmented(datasets["train"], windows, config["crop"], augment, config["seed"])
+    batches = Batches(len(train), config["batch_size"], config["seed"])
     workers = number_of_workers(config, datasets["train"])
-    loaders = {"train": Loader(datasets["train"], batch_sampler=shares, num_workers=workers, **options)}
-    if config["dataset"] != "synthetic":
-        batch_size = 1  # images to evaluate may have several sizes
+    loaders = {
+        "train": DataLoader(
+            train,
+            batch_sampler=batches,
+            num_workers=workers,
+            persistent_workers=workers > 0,  # they are kept from epoch to epoch
+            collate_fn=collate,
+            generator=torch.Generator(),  # or it would draw from that of dropout, with workers less often
+        ),
+    }
     for split in ("val", "test"):
         images = datasets[split]
-        mine = Subset(images, range(processes.group(), len(images), processes.groups()))
-        workers = number_of_workers(config, images)
-        loaders[split] = Loader(mine, batch_size, num_workers=workers, **options)
+        mine = range(processes.group_rank(), len(images), processes.number_of_groups())
+        batch_size = config["batch_size"] if synthetic else 1  # images to evaluate may have several sizes
+        loaders[split] = DataLoader(images, batch_size, sampler=mine, collate_fn=collate)
     return loaders
 
 
-def number_of_workers(config: dict, dataset: Dataset) -> int:
-    """How many worker processes read the images of a data set.
-
-    0 for whole arrays, of which only the tile at hand is read as long as no worker reads them.
-    Otherwise what --workers says. Without --workers, 0 for synthetic images, which are made in no
-    time; and for pictures, and for windows of arrays, one for each CPU core of this process, but at
-    most MOST_WORKERS.
+def number_of_workers(config: dict, images: Dataset) -> int:
+    """How many worker processes read the images to learn from: as --workers says, or by default one for each CPU core
+    of this process, but at most MOST_WORKERS. 0 for synthetic images, which are made in no time, and for whole arrays,
+    of which a worker would read all, and not only the tile at hand.
     """
-    if config["dataset"] != "synthetic":
-        first_image, _ = dataset.pairs[0]
-        if first_image.suffix.lower() == ".npy" and dataset.crop is None:
-            return 0
+    if config["dataset"] == "synthetic" or len(tempfile.gettempdir()) > LONGEST_TMPDIR:
+        return 0
+    first_image, _ = images.pairs[0]
+    if first_image.suffix.lower() == ".npy" and config["crop"] is None:
+        return 0
     if config["workers"] is not None:
         return config["workers"]
-    if config["dataset"] == "synthetic":
-        return 0
-    return min(max(os.cpu_count() // processes.local_world_size(), 1), MOST_WORKERS)
-
-
-def workers_before_training(config: dict, files: int) -> int:
-    """How many processes look at the files before training, while the GPUs wait. files: how many
-    files there are, or pairs.
-
-    As many as --workers says; by default one for each CPU core, but at most MOST_WORKERS.
-    """
-    workers = config["workers"]
-    if workers is None:
-        workers = min(os.cpu_count(), MOST_WORKERS)
-    return min(workers, files)
+    cores = os.cpu_count() // processes.local_world_size()
+    return min(max(cores, 1), MOST_WORKERS)
 
 
 def collate(pairs: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
-    """A batch of images and one of masks. A batch of one is a view: an image that is mapped into memory is not read."""
+    """A batch of images and one of masks, in uint8. Of a batch of one, an image that is mapped into memory is not read."""
     if len(pairs) == 1:
         image, mask = pairs[0]
-        return [image[None], mask[None]]
-    return default_collate(pairs)
-
-
-def mask_out_fillers(loader: DataLoader) -> Iterator[tuple[Tensor, Tensor]]:
-    """The batches of training images, in which fillers do not count.
-
-    All processes must make the same number of steps, or they would wait for each other for ever. So
-    where a batch has fewer images than there are groups of processes, the groups that are left
-    without one get a filler (see Shares in processes.py). Here all of its mask becomes IGNORE.
-    """
-    images_left = len(loader.dataset)
-    for images, masks in loader:
-        if processes.group() >= images_left:
-            masks = torch.full_like(masks, IGNORE)
-        images_left -= loader.batch_sampler.batches.batch_size
-        yield images, masks
+        return [image[None], mask[None].byte()]
+    images, masks = default_collate(pairs)
+    return [images, masks.byte()]

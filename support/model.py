@@ -1,27 +1,26 @@
 """Building the decomposed U-Net of the paper, and loading one that was trained."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from comm_net import CommNet
 from decompose import DecomposedUNet
 from support import checkpoints
 from support.checkpoints import CheckpointError
-from unet import Decoder, Encoder
+from unet import NORM, Decoder, Encoder, Norm
 
 
 def build_model(channels: int, classes: int, width: int = 8, depth: int = 3, comm_channels: int = 32,
-                dilations: Sequence[int] = (1, 1, 1), dropout: float = 0.0,
-                norm: Callable[[int], nn.Module] = nn.BatchNorm2d) -> DecomposedUNet:
+                dilations: Sequence[int] = (1, 1, 1), dropout: float = 0.0, norm: Norm = NORM) -> DecomposedUNet:
     """A new network for images of `channels` channels and masks of `classes` classes.
 
     width: channels at full resolution; depth: how often the encoder halves the resolution;
     comm_channels: K, at most width * 2^depth, or 0 for tiles that know nothing of each other;
     dilations: of each convolution of the communication network; dropout: probability with which a
-    channel is left out; norm: makes the normalisation of encoder and decoder (see Norm in unet.py);
+    channel is left out; norm: makes the normalisation of encoder and decoder (see NORM in unet.py);
     the communication network keeps batch norm.
     """
     encoder = Encoder(channels, width, depth, dropout, norm)
@@ -47,28 +46,15 @@ def weights_to_begin_with(path: Path, config: dict) -> tuple[dict[str, Tensor], 
     CheckpointError: the checkpoint's network is another.
     """
     model, trained = load_model(path)
-    if trained["channels"] != config["channels"]:
-        raise CheckpointError(f"--init {path}: is for {trained['channels']}-channel images, but these have "
-                              f"{config['channels']}; name another checkpoint")
-    names = ["width", "depth", "comm_channels"]
-    if config["comm_channels"] > 0:
-        names.append("dilations")
-    for name in names:
+    for name in ("channels", "width", "depth", "comm_channels", "dilations"):
         if trained[name] != config[name]:
-            raise CheckpointError(f"--init {path}: was trained with another --{name.replace('_', '-')}, "
-                                  f"{as_words(trained[name])} instead of {as_words(config[name])}; take the same")
+            raise CheckpointError(f"--init {path}: was trained with another {name}, {trained[name]} instead of "
+                                  f"{config[name]}; take the same, or another checkpoint")
     weights = model.state_dict()
     if trained["classes"] != config["classes"]:
         for name in ("decoder.head.weight", "decoder.head.bias"):
             del weights[name]
     return weights, trained["classes"]
-
-
-def as_words(value: int | list[int]) -> str:
-    """As one writes the value of an option."""
-    if isinstance(value, int):
-        return str(value)
-    return " ".join(map(str, value))
 
 
 def load_model(path: Path) -> tuple[DecomposedUNet, dict]:

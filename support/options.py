@@ -1,18 +1,113 @@
-"""The command line of train.py and plan.py, and what all commands share: one line for an error, progress."""
+"""The command line: the options of train.py and plan.py, how far a program is, and one line for an error.
+
+A program imports this file before PyTorch, whose loading takes seconds: --help need not wait for it.
+"""
 
 import argparse
-import io
 import math
+import os
+import re
+import shlex
 import sys
+import time
+from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 
-import torch
+# PyTorch reads this when it is loaded: threads that have nothing to do shall sleep. Otherwise, on a machine with other
+# work, they keep the cores busy for which the threads wait that have something to do.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-from support import processes
+# Matplotlib, which draws into files here, refuses to be loaded if this names a backend that is not installed, as in a
+# program that a notebook starts. In the notebook itself it is installed.
+if "ipykernel" not in sys.modules:
+    os.environ.pop("MPLBACKEND", None)
 
 WITH_RESUME = ("--data", "--workers", "--image-processes")  # what may be given with --resume
-LARGE = 2**20  # the most that an option may be: with more, PyTorch overflows
+UNSET = argparse.SUPPRESS  # an option that is not given has no entry yet; `parse` finds its default
 
+
+class UserError(ValueError):
+    """Something that the user can mend. The message is one line that names the value, the limit and the fix."""
+
+
+class Diverged(ArithmeticError):
+    """The loss is nan or infinite."""
+
+
+# What is printed
+
+class Escaped:
+    """An output in which control characters become question marks. Otherwise the name of a file
+    could clear the screen, or forge a line. What it cannot encode is shown as \\x and a number."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def write(self, text: str):
+        text = re.sub("[\x00-\x09\x0b-\x1f\x7f-\x9f]", "?", text)
+        encoding = self.stream.encoding or "utf-8"
+        self.stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
+
+    def __getattr__(self, name: str):
+        return getattr(self.stream, name)
+
+
+def escaped(stream) -> Escaped:
+    if stream is None:  # the program was started without this output
+        stream = open(os.devnull, "w")
+    if not isinstance(stream, Escaped):
+        stream = Escaped(stream)
+    return stream
+
+
+def show_progress(text: str):
+    """On a terminal, one line that is overwritten; elsewhere nothing."""
+    if sys.stdout.isatty():
+        stream = getattr(sys.stdout, "stream", sys.stdout)  # not Escaped, as this moves the cursor
+        print(f"\r\033[K{text}", end="", file=stream, flush=True)
+
+
+class Progress:
+    """Shows how far a long piece of work is, and how long the rest will take.
+
+        progress = Progress("step", total=600)
+        for step in range(1, 601):
+            ...
+            progress.show(step, loss)  # step 120 of 600, loss 0.4321, 0:03:20 left
+
+    On a terminal this is one line that is overwritten. In a file or a pipe it is a line every half a minute.
+
+    what: the name of a part of the work; total: how many parts there are; done: how many of them were done before.
+    """
+
+    def __init__(self, what: str, total: int, done: int = 0):
+        self.what = what
+        self.total = total
+        self.before = done
+        self.started = time.perf_counter()
+        self.shown = self.started
+
+    def show(self, done: int, loss=None):
+        """done: parts, of all; loss: a number or a tensor, which is only read when it is shown, as that waits for
+        the GPU."""
+        terminal = sys.stdout.isatty()
+        now = time.perf_counter()
+        if now - self.shown < (0.2 if terminal else 30):
+            return
+        self.shown = now
+        left = (self.total - done) * (now - self.started) / (done - self.before)
+        text = f"{self.what} {done} of {self.total}, "
+        if loss is not None:
+            text += f"loss {float(loss):.4f}, "
+        text += f"{timedelta(seconds=round(left))} left"
+        if terminal:
+            show_progress(text)
+        else:
+            print(text, flush=True)
+
+
+# The parser
 
 class DefaultsInHelp(argparse.ArgumentDefaultsHelpFormatter):
     """Tells the default of each option, unless there is none or its help says it in words."""
@@ -25,182 +120,162 @@ class DefaultsInHelp(argparse.ArgumentDefaultsHelpFormatter):
 
 class Parser(argparse.ArgumentParser):
     def parse_args(self, arguments: list[str] | None = None) -> argparse.Namespace:
-        """Reads the options. From here on, what the terminal cannot show is printed as \\x and a number."""
-        if isinstance(sys.stdout, io.TextIOWrapper):  # in a notebook it is something else, which shows everything
-            sys.stdout.reconfigure(errors="backslashreplace")
+        """Reads the options. From here on, what is printed is escaped."""
+        sys.stdout = escaped(sys.stdout)
+        sys.stderr = escaped(sys.stderr)
         return super().parse_args(arguments)
 
     def error(self, message: str):
         """One line and exit status 2, without the usage in front."""
+        message = message.replace("\n", "?")
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
-# Types of options
-
-def number(smallest, kind=int, largest=math.inf):
-    """An argparse type: a finite number from `smallest` to `largest`, which is a whole one if `kind` is int."""
-    wanted = "a whole number" if kind is int else "a number"
-    if largest == math.inf:
-        wanted += f" of at least {smallest}"
-    else:
-        wanted += f" from {smallest} to {largest}"
-
-    def parse_number(text: str):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not smallest <= value <= largest or value == math.inf:
-            raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
+def number(smallest, kind=int, largest=2**31):
+    """An argparse type: a number from `smallest` to `largest`, which is a whole one if `kind` is int."""
+    def number(text: str):
+        value = kind(text)
+        if not smallest <= value <= largest:  # which is also true of nan
+            raise argparse.ArgumentTypeError(f"{text} is not from {smallest} to {largest}")
         return value
-    return parse_number
+    return number  # argparse names it where `kind` fails: invalid number value
 
 
 def pair(text: str) -> tuple[int, int]:
-    """An argparse type: two numbers of 1 or more, as in 2x3."""
-    first, _, second = text.partition("x")
-    for side in (first, second):
-        if not side.isdecimal() or not 1 <= int(side) <= LARGE:
-            raise argparse.ArgumentTypeError(f"{text!r} is not two whole numbers from 1 to {LARGE}, as in 2x3")
-    return int(first), int(second)
-
-
-def size(text: str) -> tuple[int, int]:
-    """An argparse type: one number for both sides, or two as in 64x96."""
-    if text.isdecimal():
-        text = f"{text}x{text}"
-    return pair(text)
+    """An argparse type: two numbers of 1 or more, as in 2x3. A single one stands for both."""
+    found = re.fullmatch("([1-9][0-9]{0,6})(x([1-9][0-9]{0,6}))?", text)
+    if found is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is not two whole numbers of at least 1, as in 2x3")
+    return int(found[1]), int(found[3] or found[1])
 
 
 def class_weight(text: str) -> float | str:
     """An argparse type: "balanced", or a number of 0 or more."""
     if text == "balanced":
         return text
-    try:
-        return number(0, float)(text)
-    except argparse.ArgumentTypeError as error:
-        raise argparse.ArgumentTypeError(f"{error}, nor the word balanced") from None
+    return number(0, float)(text)
 
 
-# Defaults that depend on the machine
-
-def has_bfloat16() -> bool:
-    """Whether the GPUs, or without one the CPU, multiply bfloat16 in hardware."""
-    if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+def new_parser(description: str) -> Parser:
+    return Parser(description=description, usage="%(prog)s [OPTIONS]", formatter_class=DefaultsInHelp,
+                  allow_abbrev=False)
 
 
-def default_grid(gpus: int) -> tuple[int, int]:
-    """2x2 for up to 4 GPUs. For more, a grid that is as square as can be with one or two tiles for each GPU."""
-    if gpus <= 4:
-        return 2, 2
-    best = (1, gpus)
-    for tiles in (gpus, 2 * gpus):
-        for rows in range(1, math.isqrt(tiles) + 1):
-            columns = tiles // rows
-            if tiles % rows == 0 and columns / rows < best[1] / best[0]:
-                best = (rows, columns)
-    return best
+def add_options(parser: Parser):
+    """The options that train.py and plan.py have in common."""
+    yes_or_no = argparse.BooleanOptionalAction
+    option = parser.add_argument_group("what most runs need").add_argument
+    option("--dataset", choices=["synthetic", "folder"], default="synthetic", help="what to learn: lines between "
+           "circles, or images and masks of your own")
+    option("--data", type=os.path.abspath, metavar="DIR", help="folder of the images and masks, as docs/own-images.md tells; "
+           "with --resume, the folder in which they are now")
+    option("--gpus", type=number(1), default=UNSET, help="GPUs to use (default: all there are); to use none, put "
+           "CUDA_VISIBLE_DEVICES= in front of the command")
+    option("--epochs", type=number(0), default=4, help="passes over the training images; 0: only evaluate")
+    option("--out", help="folder of the run (default: a new one in runs/)")
 
+    option = parser.add_argument_group("data").add_argument
+    option("--crop", type=pair, metavar="N|HxW", help="learn from windows of this size, cut at another place each "
+           "time (default: whole images)")
+    option("--augment", action=yes_or_no, default=True, help="flip images from a folder at random, and turn square "
+           "ones")
+    option("--image-size", type=pair, default="64", metavar="N|HxW", help="pixels of the synthetic images")
+    option("--train-images", type=number(1), default=2400, metavar="N", help="synthetic images to learn from; "
+           "validation and test have an eighth each")
 
-# The options of train.py and plan.py
-
-def make_parser(description: str) -> Parser:
-    parser = Parser(description=description, formatter_class=DefaultsInHelp, allow_abbrev=False)
-    option, unset = parser.add_argument, argparse.SUPPRESS
-    option("--dataset", choices=["synthetic", "folder", "deepglobe"], default="synthetic", help="what to learn: lines "
-           "between circles, images and masks of your own, or DeepGlobe's land cover")
-    option("--data", type=Path, default=None, metavar="DIR", help="folder of the images and masks, as "
-           "docs/own-images.md tells; with --resume, the folder in which they are now")
-    option("--crop", type=size, default=None, metavar="N|HxW", help="learn from windows of this size, cut at another "
-           "place each time (default: whole images)")
-    option("--augment", action=argparse.BooleanOptionalAction, default=True, help="flip images from a folder at "
-           "random, and turn square ones")
-    option("--workers", type=number(0, largest=LARGE), default=None, metavar="N", help="processes that read images "
-           "ahead, for each process that trains (default: for pictures one for each CPU core, at most 4; else 0)")
-    option("--gpus", type=number(1, largest=LARGE), default=unset, help="GPUs to use (default: all there "
-           "are); to use none, put CUDA_VISIBLE_DEVICES= in front of the command")
-    option("--image-processes", type=number(1, largest=LARGE), default=1, metavar="N", help="how many of the processes "
-           "that torchrun starts share the tiles of each image; with 1 they share out batches only")
-    option("--grid", type=pair, default=unset, metavar="RxQ", help="rows x columns of tiles (default: 2x2 for up to 4 "
-           "GPUs that share an image, else one or two tiles for each, as square as can be)")
+    option = parser.add_argument_group("network").add_argument
+    option("--grid", type=pair, default=UNSET, metavar="RxQ", help="rows x columns of tiles (default: 2x2 for up to 4 "
+           "GPUs that share an image, else a tile for each, as square as can be)")
     option("--overlap", type=number(0), default=0, metavar="PX", help="pixels that a tile sees beyond its borders, "
            "a multiple of 2^depth")
-    option("--width", type=number(1, largest=4096), default=8, help="channels at full resolution; "
-           "each level down doubles them")
+    option("--width", type=number(1, largest=4096), default=8, help="channels at full resolution; each level down "
+           "doubles them")
     option("--depth", type=number(1, largest=12), default=3, help="how often the encoder halves the resolution")
     option("--comm-channels", type=number(0), default=32, metavar="K", help="channels of the coarse map that the tiles "
            "exchange; 0: they know nothing of each other")
-    option("--dilations", type=number(1, largest=1024), nargs="+", default=[1, 1, 1], metavar="N", help="dilation of "
-           "each convolution of the communication network; together they see 2 * sum * 2^depth pixels to every side")
-    option("--dropout", type=number(0, float), default=0.0, help="probability with which a channel is left out")
-    option("--image-size", type=size, default=unset, metavar="N|HxW", help="pixels of the synthetic images "
-           "(default: 64)")
-    option("--train-images", type=number(1, largest=2**31), default=unset, metavar="N", help="synthetic images to "
-           "learn from; validation and test have an eighth each (default: 2400)")
-    option("--epochs", type=number(0), default=4, help="passes over the training images; 0: only evaluate")
-    option("--batch-size", type=number(1, largest=LARGE), default=16, help="images per step")
-    option("--class-weights", type=class_weight, nargs="+", default=None, metavar="W", help="weight of each class in "
-           "the loss: a number for each, or balanced, with which rare classes weigh more (default: all the same)")
-    option("--lr", type=number(0, float), default=0.015, help="peak of the one-cycle learning rate")
-    option("--freeze-batch-norm", type=number(0, float, 1), default=0.5, metavar="PART", help="after this part of the "
-           "training steps, batch norm keeps its running statistics and uses them, as in evaluation; 1: never, as in "
-           "the paper")
+    option("--dilations", type=number(1), nargs="+", default=[1, 1, 1], metavar="N", help="dilation of each "
+           "convolution of the communication network; together they see 2 * sum * 2^depth pixels to every side")
+    option("--dropout", type=number(0, float, 0.99), default=0.0, help="probability with which a channel is left out")
+
+    option = parser.add_argument_group("training").add_argument
+    option("--batch-size", type=number(1), default=16, help="images per step")
+    option("--lr", type=number(0, float), help="peak of the one-cycle learning rate (default: 0.015 for 16 images in a "
+           "step, for others by the root of their number)")
+    option("--class-weights", type=class_weight, nargs="+", metavar="W", help="weight of each class in the loss: a "
+           "number for each, or balanced, with which rare classes weigh more (default: all the same)")
+    option("--freeze-batch-norm", type=number(0, float, 1), metavar="PART", help="after this part of the training "
+           "steps, batch norm keeps its running statistics and uses them, as in evaluation; 1: never, as in the paper "
+           "(default: 0.3, but not before 300 steps, or half of them if there are fewer than 600)")
+    option("--seed", type=number(0, largest=2**63 - 1), default=0, help="seed of the images, the weights, dropout and "
+           "the order")
+
+    option = parser.add_argument_group("devices").add_argument
     option("--recompute", action="store_true", help="forget the activations of each tile and compute them again when "
            "they are needed, so that a GPU holds those of one tile at a time")
-    option("--amp", action=argparse.BooleanOptionalAction, default=unset, help="compute in bfloat16, with weights, "
-           "statistics and sums in float32 (default: where the hardware has it; plan.py: yes)")
-    option("--seed", type=number(0, largest=2**63 - 1), default=0, help="seed of the images, the weights, "
-           "dropout and the order")
-    option("--out", type=Path, default=unset, help="folder of the run (default: a new one in runs/)")
+    option("--amp", action=yes_or_no, default=UNSET, help="compute in bfloat16, with weights, statistics and sums in "
+           "float32 (default: where the hardware has it; plan.py: yes)")
+    option("--workers", type=number(0), metavar="N", help="processes that read images ahead, for each process that "
+           "trains (default: for a folder one for each CPU core, at most 4; else 0)")
+    option("--image-processes", type=number(1), default=1, metavar="N", help="how many of the processes that torchrun "
+           "starts share the tiles of each image; with 1 they share out batches only")
+
+
+def plan_parser() -> Parser:
+    """The options of plan.py."""
+    parser = new_parser("Predict the peak memory of each GPU in a training step of train.py, without a GPU.")
+    option = parser.add_argument_group("what to predict").add_argument
+    option("--memory", type=number(0.1, float), metavar="GIB", help="memory of a GPU, to be told also what would fit "
+           "into it")
+    option("--run", metavar="RUN", help="folder of a run of train.py, whose options are taken where they are not given "
+           "here")
+    option("--channels", type=number(1), default=1, help="channels of the image")
+    option("--classes", type=number(2, largest=255), default=3, help="classes of the mask")
+    add_options(parser)
     return parser
 
 
+def train_parser() -> Parser:
+    """The options of train.py."""
+    parser = new_parser("Train a domain-decomposed U-Net. Without a GPU, every tile is computed on the CPU.")
+    add_options(parser)
+    option = parser.add_argument_group("other runs").add_argument
+    option("--resume", metavar="RUN", help="folder of a run to go on with after its last completed epoch, "
+           f"with its options; only {', '.join(WITH_RESUME)} go with it")
+    option("--init", metavar="CHECKPOINT", help="best.pt of another run, or its folder, to begin with its "
+           "weights (default: weights drawn by the seed)")
+    return parser
+
+
+# What the options are, and whether they go together
+
 def parse(arguments: list[str] | None, parser: Parser, **defaults) -> dict:
-    """The configuration: every option with its value, paths as text. Options that do not go
+    """The configuration: every option with its value. Options that do not go
     together end the program with one line. A run that goes on (--resume) has the options of its
     folder. Then there are only "resume", and in "changes" the options that may be given with it."""
     config = {**defaults, **vars(parser.parse_args(arguments))}
     if config.get("resume"):
         changes = changes_of_run(options_given(arguments), config, parser)
-        return {"resume": str(config["resume"]), "changes": changes}
+        return {"resume": config["resume"], "changes": changes}
 
+    from support import processes  # not at the top, as it loads PyTorch
     gpus = config.get("gpus", processes.gpus_each())
     config.setdefault("grid", default_grid(gpus * config["image_processes"]))
-    config.setdefault("gpus", min(gpus, tiles_each(config)))
+    config["gpus"] = min(gpus, tiles_each(config))
     config.setdefault("amp", has_bfloat16())
-    check_network(config, parser)
-    check_data(config, parser)
-    check_class_weights(config, parser)
-    choose_folder(config, parser)
-    for name in ("data", "out", "resume", "init"):
-        if config.get(name) is not None:
-            config[name] = str(config[name])
+    check(config, parser)
     return config
 
 
 def options_given(arguments: list[str] | None) -> list[str]:
     """The options on the command line, without their values: --data for example."""
     words = sys.argv[1:] if arguments is None else arguments
-    given = []
-    for word in words:
-        if word.startswith("--"):
-            option, _, _ = word.partition("=")
-            given.append(option)
-    return given
+    return [word.split("=")[0] for word in words if word.startswith("--")]
 
 
-def tiles_each(config: dict) -> int:
-    """The most tiles of an image that one process computes."""
-    rows, columns = config["grid"]
-    return math.ceil(rows * columns / config["image_processes"])
-
-
-def changes_of_run(options: list[str], config: dict, parser: Parser) -> dict:
+def changes_of_run(given: list[str], config: dict, parser: Parser) -> dict:
     """What is changed by the options that are given with --resume. config: every option with its value."""
     changes = {}
-    for option in options:
+    for option in given:
         if option in WITH_RESUME:
             name = option.removeprefix("--").replace("-", "_")
             changes[name] = config[name]
@@ -211,82 +286,94 @@ def changes_of_run(options: list[str], config: dict, parser: Parser) -> dict:
     return changes
 
 
-def check_network(config: dict, parser: Parser):
+def has_bfloat16() -> bool:
+    """Whether the GPUs, or without one the CPU, multiply bfloat16 in hardware."""
+    import torch  # not at the top, as above
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def default_grid(gpus: int) -> tuple[int, int]:
+    """2x2 for up to 4 GPUs. For more, a tile for each GPU, in a grid that is as square as can be."""
+    if gpus <= 4:
+        return 2, 2
+    rows = math.isqrt(gpus)
+    while gpus % rows != 0:
+        rows -= 1
+    return rows, gpus // rows
+
+
+def tiles_each(config: dict) -> int:
+    """The most tiles of an image that one process computes."""
     rows, columns = config["grid"]
-    tiles = rows * columns
-    if tiles > LARGE:
-        parser.error(f"--grid {rows}x{columns}: take at most {LARGE} tiles")
-    if config["image_processes"] > tiles:
-        parser.error(f"--image-processes {config['image_processes']}, but --grid {rows}x{columns} has only {tiles} "
-                     "tiles: take fewer processes or a finer grid")
-    if config["gpus"] > tiles_each(config):
-        parser.error(f"--gpus {config['gpus']}, but --grid {rows}x{columns} has only {tiles_each(config)} tiles for "
-                     "each process: take fewer GPUs or a finer grid")
+    return math.ceil(rows * columns / config["image_processes"])
+
+
+def check(config: dict, parser: Parser):
     coarse_channels = config["width"] * 2 ** config["depth"]
     if config["comm_channels"] > coarse_channels:
-        parser.error(f"--comm-channels {config['comm_channels']}, but the coarse map of --width {config['width']} and "
-                     f"--depth {config['depth']} has only {coarse_channels} channels: take at most that many")
-    if config["dropout"] >= 1:
-        parser.error(f"--dropout {config['dropout']}: take less than 1")
-
-
-def check_data(config: dict, parser: Parser):
-    synthetic = config["dataset"] == "synthetic"
-    for option, value in (("image_size", (64, 64)), ("train_images", 2400)):
-        if option in config and not synthetic:
-            parser.error(f"--{option.replace('_', '-')} is for --dataset synthetic; a folder has its own")
-        config.setdefault(option, value)
-    if synthetic and config["data"]:
-        parser.error(f"--data {config['data']}: say also what is in it, --dataset folder or --dataset deepglobe")
-    if synthetic and config["crop"]:
-        parser.error("--crop is for --dataset folder or deepglobe; for synthetic take --image-size")
-    if synthetic:
+        parser.error(f"--comm-channels {config['comm_channels']}: the coarse map of this --width and --depth has only "
+                     f"{coarse_channels} channels; take at most that many")
+    weights = config["class_weights"]
+    if weights and "balanced" in weights and len(weights) > 1:
+        parser.error("--class-weights: give balanced alone, or a number for each class")
+    if config["dataset"] == "synthetic":
+        if config["data"] or config["crop"] or weights == ["balanced"]:
+            parser.error("--data, --crop and --class-weights balanced are for --dataset folder; give that too")
         return
     if not config["data"]:
-        parser.error(f"--dataset {config['dataset']}: say also where it is, --data DIR")
-    config["data"] = config["data"].absolute()  # --resume may be called from elsewhere
-    out = config.get("out", Path("runs"))
-    if config["data"] in out.absolute().parents:
+        parser.error("--dataset folder: say also where it is, --data DIR")
+    out = Path(config["out"] or "runs").resolve()  # also if a link leads there
+    if Path(config["data"]).resolve() in out.parents:
         parser.error(f"--out {out}: is inside --data, where it would be taken for images; name another --out")
 
 
-def check_class_weights(config: dict, parser: Parser):
-    """How many numbers there must be is known after a look at the images."""
-    weights = config["class_weights"]
-    if weights is None:
-        return
-    if weights == ["balanced"]:
-        if config["dataset"] == "synthetic":
-            parser.error("--class-weights balanced is for --dataset folder or deepglobe; for synthetic give numbers")
-    elif "balanced" in weights or sum(weights) == 0:
-        parser.error(f"--class-weights {' '.join(map(str, weights))}: give balanced alone, or a number for each class, "
-                     "not all of them 0")
+# Errors in one line
+
+@contextmanager
+def one_line_errors(parser: Parser, out: Path | None = None):
+    """Inside, what a user can mend ends the program with one line that tells how, and exit status 2.
+
+    out: the folder of the run, once it is known.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        parser.exit(130, f"\nstopped{how_to_go_on(out)}\n")
+    except Diverged as error:
+        parser.error(f"{error}: the likely cause is --lr, take a smaller one; {out} holds what was saved before")
+    except UserError as error:
+        parser.error(str(error).rpartition("DataError: ")[2].strip())  # of a worker, it ends a traceback
+    except OSError as error:
+        if isinstance(error, BrokenPipeError):
+            close_output()
+        parser.error(explain(error) + how_to_go_on(out))
+    except (RuntimeError, MemoryError) as error:
+        from support import processes  # not at the top, as it loads PyTorch
+        text = str(error).strip()
+        if "worker" in text and "\n" not in text:  # one has died, or opened too many files; a fault in one has more lines
+            parser.error(f"{text}; take fewer --workers, or 0")
+        if out is None or not processes.is_out_of_memory(error):
+            raise
+        parser.error(f"out of memory; this tells what would fit: python plan.py --run {shlex.quote(str(out))} "
+                     f"--memory {processes.memory_gib():.3g}")
 
 
-def choose_folder(config: dict, parser: Parser):
-    """Sets "out" to None if it is not given: the run will make a folder of its own. Sets "resume"
-    if torchrun restarts a run."""
-    config.setdefault("out", None)
-    if not processes.CAN_RESTART:
-        return
-    if processes.KEEPS_ADDRESSES:
-        parser.error("torchrun --max-restarts: set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in front of it, or a restart "
-                     "may find stale addresses (PyTorch issue 135712)")
-    if config["out"] is None:
-        parser.error("torchrun --max-restarts: a run that is restarted needs to know its folder; give --out")
-    if (config["out"] / "last.pt").exists():
-        config["resume"] = config["out"]
+def how_to_go_on(out: Path | None) -> str:
+    """The end of a line about a run that stops. out: its folder, if it is known."""
+    if out is None or not (out / "last.pt").exists():
+        return ""
+    return f"; go on with: python train.py --resume {shlex.quote(str(out))}"
 
 
-# Errors, progress
-
-def explain(error: OSError, path: Path) -> str:
-    """One line for a file or folder that cannot be used; `path`, if the error names none."""
-    return (f"{error.filename or path}: {error.strerror or error}; see that you may use it and that its disk has "
-            "space, or name another")
+def explain(error: OSError, path: Path | None = None) -> str:
+    """One line for what the system refuses. path: what it is about, if the error does not tell."""
+    where = error.filename or path
+    return f"{where}: {error.strerror}" if where else str(error)
 
 
-def show_progress(text: str):
-    """On a terminal, one line that is overwritten; elsewhere nothing."""
-    if sys.stdout.isatty():
-        print(f"\r\033[K{text}", end="", flush=True)
+def close_output():
+    """Nothing more is printed, also not at the end of the program, when Python prints what is left."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())

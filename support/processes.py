@@ -5,54 +5,44 @@
     torchrun --nproc-per-node 4 train.py --image-processes 2         # two groups: half of every batch for each group,
                                                                      # and half of every image for each of its processes
 
-All processes hold the same weights. Once per step the gradients are averaged (by
-DistributedDataParallel) and the few sums of the loss are added up; once per epoch the running
-statistics are averaged. The processes of a group also add up the coarse maps of what their tiles
-send. Of an image, K numbers for every 4^D pixels travel, and never the pixels. Without torchrun
-there is one process, and everything here leaves things as they are.
+All processes hold the same weights. Once per step the gradients and the few sums of the loss are
+added up, and the running statistics are averaged. The processes of a group also add up the coarse
+maps of what their tiles send. Of an image, K numbers for every 4^D pixels travel, and
+never the pixels. In a single process, everything here leaves things as they are.
 """
 
 import os
-import resource
 import sys
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from datetime import timedelta
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import BatchSampler, Sampler
 
-CAN_RESTART = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"  # torchrun --max-restarts
-# Whether torchrun, after a restart, hands out the addresses of before it.
-KEEPS_ADDRESSES = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))  # which process of this machine
+from decompose import learns_statistics
+from support.options import UserError
 
 image_processes = 1  # how many processes share the tiles of an image
 image_group = None  # these processes, if there are several
 
 
-@contextmanager
-def together():
-    """Inside, the processes that torchrun started know each other. One that calls sys.exit ends at once."""
-    if dist.is_torchelastic_launched():
-        backend = "gloo"
-        if torch.cuda.is_available():
-            backend = "cpu:gloo,cuda:nccl"
-        dist.init_process_group(backend)
+# Which processes there are, and which GPUs are whose
+
+def init_process_group():
+    """Joins the other processes, if there are any: torchrun, and some other launchers, tell it in these variables.
+
+    UserError: some of the variables are missing.
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return
+    backend = "gloo"
+    if torch.cuda.is_available():
+        backend = "cpu:gloo,cuda:nccl"
     try:
-        yield
-    except SystemExit as ended:
-        if dist.is_initialized():  # the others may never answer, and PyTorch's threads that wait for them would abort
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(ended.code)
-        raise
-    if dist.is_initialized():
-        dist.destroy_process_group()
+        dist.init_process_group(backend)
+    except ValueError as error:
+        raise UserError(f"WORLD_SIZE is set, so there are other processes, but they cannot be joined ({error}); start "
+                        "them with torchrun") from None
 
 
 def rank() -> int:
@@ -83,12 +73,12 @@ def share_images(count: int):
         image_group, _ = dist.new_subgroups(group_size=count)
 
 
-def groups() -> int:
-    """The number of groups, each of which takes its share of every batch."""
+def number_of_groups() -> int:
+    """How many groups there are, each of which takes its share of every batch."""
     return world_size() // image_processes
 
 
-def group() -> int:
+def group_rank() -> int:
     """The number of the group of this process, 0 for the first."""
     return rank() // image_processes
 
@@ -96,6 +86,64 @@ def group() -> int:
 def own_tiles(tiles: int) -> range:
     """The numbers of the tiles that this process computes. tiles: how many an image has."""
     return range(rank() % image_processes, tiles, image_processes)
+
+
+def local_world_size() -> int:
+    """The number of processes on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def gpus_each() -> int:
+    """How many GPUs of this machine each of its processes can have."""
+    return torch.cuda.device_count() // local_world_size()
+
+
+def find_devices(gpus: int, tiles: str) -> list[torch.device]:
+    """The GPUs that are asked for, as far as they exist, or else the CPU. The first of them becomes
+    the current one. Says in one line where the tiles are computed; from then on only the first
+    process prints."""
+    found = min(gpus, gpus_each())
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    devices = [torch.device("cuda", local_rank * found + i) for i in range(found)]
+    if devices:
+        torch.cuda.set_device(devices[0])  # or a process would also take memory of the first GPU of all
+    else:
+        devices = [torch.device("cpu")]
+    line = f"{tiles} on {', '.join(map(str, devices))}"
+    if found < gpus:
+        line += f" ({gpus} GPUs asked for, {found} found)"
+    if world_size() > 1:
+        line = f"process {rank()} of {world_size()}: {line}"
+    print(f"{line}\n", end="", flush=True)  # at once, or the lines of several processes could mix
+    if not is_first():
+        sys.stdout = open(os.devnull, "w")
+    return devices
+
+
+# What the processes do together
+
+def broadcast_result(function: Callable, *arguments):
+    """Calls function(*arguments) in the first process only, and returns in every process what it
+    returned. If it fails, the first process says why, and the others end."""
+    if not dist.is_initialized():
+        return function(*arguments)
+    message = [None]  # a failure
+    try:
+        if is_first():
+            message = [[function(*arguments)]]
+    finally:
+        dist.broadcast_object_list(message)
+    if message[0] is None:
+        sys.exit(2)
+    return message[0][0]
+
+
+def seed_dropout(seed: int, epoch: int):
+    """Every group but the first draws random numbers of its own in each epoch, so that they need
+    not be saved. The processes of a group draw the same, so that dropout in the communication
+    network is the same in all of them."""
+    if group_rank() > 0:
+        torch.manual_seed(hash((seed, epoch, group_rank())) % 2**63)
 
 
 class SumOverGroup(torch.autograd.Function):
@@ -123,135 +171,64 @@ def sum_over_group(x: Tensor) -> Tensor:
     return SumOverGroup.apply(x)
 
 
-def local_world_size() -> int:
-    """The number of processes on this machine."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-
-
-def gpus_each() -> int:
-    """How many GPUs of this machine each of its processes can have."""
-    return torch.cuda.device_count() // local_world_size()
-
-
-def find_devices(gpus: int, tiles: str) -> list[torch.device]:
-    """The GPUs that are asked for, as far as they exist, or else the CPU. The first of them becomes
-    the current one. Says in one line where the tiles are computed; from then on only the first
-    process prints."""
-    found = min(gpus, gpus_each())
-    devices = [torch.device("cuda", LOCAL_RANK * found + i) for i in range(found)]
-    if devices:
-        torch.cuda.set_device(devices[0])  # or a process would also take memory of the first GPU of all
-    else:
-        devices = [torch.device("cpu")]
-    line = f"{tiles} on {', '.join(map(str, devices))}"
-    if found < gpus:
-        line += f" ({gpus} GPUs asked for, {found} found)"
-    if world_size() > 1:
-        line = f"process {rank()} of {world_size()}: {line}"
-    print(f"{line}\n", end="", flush=True)  # at once, or the lines of several processes could mix
-    if not is_first():
-        sys.stdout = open(os.devnull, "w", errors="backslashreplace")
-    return devices
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in str(error)
-
-
-def is_lost(error: Exception) -> bool:
-    """Whether an error only says that another process has ended."""
-    return dist.is_initialized() and (isinstance(error, dist.DistError) or "gloo" in str(error).lower())
-
-
-def from_first(function: Callable, *arguments):
-    """Calls function(*arguments) in the first process only, and returns what it returned in every
-    process. If it fails, the first process says why, and the others end."""
-    if not dist.is_initialized():
-        return function(*arguments)
-    patient = dist.new_group(backend="gloo", timeout=timedelta(hours=12))  # the first may have many images to look at
-    result, failed = None, True
-    try:
-        if is_first():
-            result = function(*arguments)
-            failed = False
-    finally:
-        message = [result, failed]
-        dist.broadcast_object_list(message, group=patient)
-    result, failed = message
-    if failed:
-        sys.exit(2)
-    return result
-
-
-class Shares(Sampler):
-    """The share of one group in every batch: its images group, group + groups, ... The batches are
-    those of a single process, so a run can go on with any number of processes.
-
-    The last batch may have fewer images than there are groups. Then the groups that are left
-    without one get its first image as a filler, which counts in their running statistics, but not
-    in the loss (see mask_out_fillers in loaders.py).
-    """
-
-    def __init__(self, batches: BatchSampler):
-        self.batches = batches
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __iter__(self) -> Iterator[list[int]]:
-        for batch in self.batches:
-            share = batch[group()::groups()]
-            if not share:
-                share = batch[:1]
-            yield share
-
-
-def seed(number: int, epoch: int):
-    """Every group but the first draws random numbers of its own in each epoch, so that they need
-    not be saved. The processes of a group draw the same, so that dropout in the communication
-    network is the same in all of them."""
-    if group() > 0:
-        torch.manual_seed(hash((number, epoch, group())) % 2**63)
-
-
-def parallel(model: nn.Module) -> nn.Module:
-    """The model to train with. In the backward pass it averages the gradients of all processes."""
-    if not dist.is_initialized():
-        return model
-    # Those of a 1x1 convolution, for which all memory formats are one.
-    warnings.filterwarnings("ignore", "Grad strides do not match")
-    with warnings.catch_warnings():  # PyTorch 2.13 has another name for broadcast_buffers, which 2.11 does not know
-        warnings.simplefilter("ignore", FutureWarning)
-        return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
-
-
 def all_reduce_sum(x: Tensor) -> Tensor:
-    """The sum over processes, with the gradient of a sum.
+    """The sum of x over processes. Its gradient goes to the x of this process, which is all that it knows of the sum.
 
-    Each process only knows how its own x came about, so the total gets the gradient of that part.
-    Suppose two processes hold 2 and 3. Both return 5, and in each of them the gradient of 5 goes to
-    its own x. DistributedDataParallel takes the mean of the processes' gradients where the sum is
-    wanted, which the factor undoes.
+    Suppose two processes hold 2 and 3. Both return 5, and in each of them the gradient of 5 goes to its own x.
     """
     if not dist.is_initialized():
         return x
     total = x.detach().clone()
     dist.all_reduce(total)
-    if x.requires_grad:
-        total = total + world_size() * (x - x.detach())  # adds zero, and a gradient
-    return total
+    return total + (x - x.detach())  # adds zero, and a gradient
 
 
 @torch.no_grad()
-def average_buffers(model: nn.Module):
-    """The running statistics become their mean over processes. They are linear in what each step
-    adds to them, so once per epoch is as good as once per step."""
+def synchronise(model: nn.Module):
+    """The gradient of each weight becomes the sum over processes, and while batch norm learns its
+    statistics, these become the mean. To be called after the backward pass.
+
+    Each process has the gradient of what its own tiles add to the loss. In the backward pass itself
+    only the sum over a group is made: so all processes do the same in the same order, and none
+    waits for another one that waits for it.
+    """
     if not dist.is_initialized():
         return
-    for buffer in model.buffers():
-        if buffer.is_floating_point():
-            dist.all_reduce(buffer)
-            buffer /= world_size()
+    all_reduce_together([weight.grad for weight in model.parameters() if weight.grad is not None])
+    if learns_statistics(model):
+        weighted_average(model, 1 / world_size(), group=None)
+
+
+@torch.no_grad()
+def average_over_group(model: nn.Module, share: float):
+    """The running statistics become their mean over the processes that share an image. share: the
+    part of its tiles that this process has, by which its statistics count."""
+    if image_processes > 1:
+        weighted_average(model, share, image_group)
+
+
+def weighted_average(model: nn.Module, weight: float, group: dist.ProcessGroup | None):
+    buffers = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
+    averages = [weight * buffer.double() for buffer in buffers]
+    if averages:
+        all_reduce_together(averages, group)
+    for buffer, average in zip(buffers, averages):
+        buffer.copy_(average)
+
+
+def all_reduce_together(tensors: list[Tensor], group: dist.ProcessGroup | None = None):
+    """Each tensor becomes its sum over the processes of a group (None: all), in a single message."""
+    message = torch.cat([tensor.flatten() for tensor in tensors])
+    dist.all_reduce(message, group=group)
+    sizes = [tensor.numel() for tensor in tensors]
+    for tensor, total in zip(tensors, message.split(sizes)):
+        tensor.copy_(total.view(tensor.shape))
+
+
+# Memory
+
+def is_out_of_memory(error: Exception) -> bool:
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in str(error)
 
 
 def memory_gib() -> float:
@@ -265,7 +242,12 @@ def memory_gib() -> float:
 
 
 def peak_mib(devices: list) -> dict[str, float]:
-    """The allocator's peak on each GPU; without one, the process's peak resident memory, which Linux counts in KiB."""
+    """The allocator's peak on each GPU; without one, the process's peak resident memory, where the system tells it."""
     if devices[0].type == "cuda":
         return {str(device): torch.cuda.max_memory_allocated(device) / 2**20 for device in devices}
-    return {"cpu": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10}
+    try:
+        import resource
+    except ImportError:  # Windows
+        return {}
+    unit = 2**20 if sys.platform == "darwin" else 2**10  # macOS counts bytes, Linux KiB
+    return {"cpu": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit}

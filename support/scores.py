@@ -32,20 +32,16 @@ def confusion(predicted: Tensor, mask: Tensor, near_seam: Tensor, classes: int) 
 def pixels_near_seam(tiling: Tiling, i: int, device: torch.device) -> Tensor:
     """(h,w) for tile i without overlap: True within SEAM pixels of a border to another tile."""
     top, bottom, left, right = tiling.boxes[i]
-    rows = near_border(top, bottom, tiling.size[0], device)
-    columns = near_border(left, right, tiling.size[1], device)
-    return rows[:, None] | columns[None, :]
-
-
-def near_border(start: int, stop: int, end: int, device: torch.device) -> Tensor:
-    """(stop - start,): which pixels are within SEAM of `start` or `stop`. The borders of the image,
-    0 and `end`, are no borders between tiles."""
-    x = torch.arange(start, stop, device=device)
-    near = torch.zeros_like(x, dtype=torch.bool)
-    if start > 0:
-        near |= x < start + SEAM
-    if stop < end:
-        near |= x >= stop - SEAM
+    height, width = tiling.size
+    near = torch.zeros(bottom - top, right - left, dtype=torch.bool, device=device)
+    if top > 0:  # the borders of the image are no borders between tiles
+        near[:SEAM] = True
+    if bottom < height:
+        near[-SEAM:] = True
+    if left > 0:
+        near[:, :SEAM] = True
+    if right < width:
+        near[:, -SEAM:] = True
     return near
 
 
@@ -79,21 +75,14 @@ def scores(counts: Tensor, classes: list[str]) -> dict:
     }
 
 
-def remarks(found: dict, config: dict) -> list[str]:
-    """Lines about what the numbers of `scores` do not show. They do not name classes that training never saw."""
-    pixels_learned = config.get("class_pixels", [1] * len(config["classes"]))  # older checkpoints do not tell
-    absent, missed = [], []
-    for name, pixels in zip(config["classes"], pixels_learned):
+def report(found: dict) -> list[str]:
+    """Lines that tell the IoU of each class, and what it does not show. found: what `scores` returned."""
+    lines = [f"  {name:12} {value:.4f}" for name, value in found["iou"].items()]
+    lines.append(f"  {'mean':12} {found['mean_iou']:.4f}")
+    for name, pixels in found["true_pixels"].items():
         if pixels == 0:
-            continue
-        if found["true_pixels"][name] == 0:
-            absent.append(name)
+            lines.append(f"the true masks hold no {name}, so the mean IoU says nothing about that")
         elif found["predicted_pixels"][name] == 0:
-            missed.append(name)
-    lines = []
-    if absent:
-        lines.append(f"the true masks hold no {' or '.join(absent)}, so the mean IoU says nothing about that")
-    if missed:
-        lines.append(f"never predicted, although the true masks hold it: {', '.join(missed)}; more --epochs or a "
-                     "larger weight of this class (--class-weights) may help")
+            lines.append(f"never predicted, although the true masks hold it: {name}; more --epochs or a larger weight of "
+                         "this class (--class-weights) may help")
     return lines

@@ -15,7 +15,9 @@ import torch
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
+import train
 from support import loaders, plots
+from support.model import build_from_config
 
 MOST_WORKERS = loaders.MOST_WORKERS
 loaders.MOST_WORKERS = 0  # unless a test asks for --workers: to start one takes longer than to read small images
@@ -34,6 +36,7 @@ CONFIG = {  # of a small network, in the form in which train.py and a checkpoint
     "mean": [0.5],
     "std": [2.0],
     "amp": False,
+    "loss_weights": None,
 }
 
 
@@ -43,6 +46,17 @@ def random_batch(images: int, size: tuple[int, int]) -> tuple[torch.Tensor, torc
     noise = torch.randn(images, 1, height, width)
     masks = torch.randint(0, 3, (images, height, width), dtype=torch.uint8)
     return noise, masks
+
+
+def training_step(tiling, devices=(CPU,), **changes) -> tuple[torch.Tensor, torch.nn.Module]:
+    """The loss and the model after the backward pass, from the same weights and two images every time."""
+    torch.manual_seed(0)
+    config = {**CONFIG, **changes}
+    model = build_from_config(config).to(devices[0])
+    images, masks = random_batch(2, tiling.size)
+    loss = train.batch_loss(model, images, masks, tiling, devices, config)
+    loss.backward()
+    return loss.detach(), model
 
 
 def gradients_of(model: torch.nn.Module) -> list[torch.Tensor]:

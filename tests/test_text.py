@@ -7,20 +7,21 @@ import sys
 
 import numpy as np
 import pytest
-from matplotlib import pyplot as plt
-from test_image_folder import make_folder, random_image, save
-from test_predict import SMALL, read_json, run
+from test_folder import make_folder, random_image, save
+from test_predict import read_json, run
 
 import train
-from support import checkpoints, image_folder, plots
+from support import checkpoints, plots
+from support.options import Parser
 
 NAMES = ["US$\\AU$", "_background_", "$\\frac{1", "100 % \"sure\", Straße"]
 COLORS = ["red", "green", "blue", "black"]
+SMALL = "--width 2 --depth 2 --comm-channels 4 --epochs 1 --batch-size 4 --grid 2x2".split()
 
 
 @pytest.fixture
 def drawn(monkeypatch):
-    """The figures that were saved, still open."""
+    """The figures that were saved."""
     figures = []
 
     def save_and_keep(figure, path):
@@ -28,8 +29,7 @@ def drawn(monkeypatch):
         figures.append(figure)
 
     monkeypatch.setattr(plots, "save", save_and_keep)
-    yield figures
-    plt.close("all")
+    return figures
 
 
 def names_in(legend):
@@ -59,11 +59,6 @@ def test_names_of_classes_are_not_taken_for_formulas_or_left_out_of_the_curves(d
     assert colors == COLORS
 
 
-def test_names_of_classes_are_read_without_the_mark_of_an_editor(tmp_path):
-    (tmp_path / "classes.txt").write_text("\n".join(NAMES), encoding="utf-8-sig")
-    assert image_folder.class_names(tmp_path, deepglobe=False) == NAMES
-
-
 def test_names_of_classes_are_saved_in_log_and_metrics(tmp_path):
     row = {name: 0.5 for name in NAMES}
     checkpoints.write_log(tmp_path / "log.csv", [row])
@@ -91,8 +86,20 @@ def test_names_of_files_in_old_bytes_are_printed_and_saved(encoding, tmp_path, m
     sys.stdout.flush()
     shown = "Straße" if encoding == "utf-8" else "Stra\\xdfe"
     assert shown in printed.getvalue().decode(encoding)
-    assert "b\\udce4r.png: 16x24 pixels" in printed.getvalue().decode(encoding)
+    assert "b\\udce4r.png is done" in printed.getvalue().decode(encoding)
 
-    assert image.name in read_json(folder / "out/metrics.json")
+    assert image.stem in read_json(folder / "out/metrics.json")["images"]
     assert (folder / "out" / image.name).exists()
     assert read_json(folder / "run/metrics.json")["config"]["data"] == str(data)
+
+
+def test_control_characters_in_names_do_not_reach_the_terminal(capsys):
+    forged = "a\x1b[2J\rforged\x9b.png"
+    parser = Parser(prog="train.py")
+    parser.parse_args([])
+    print(f"{forged}: left out")
+    with pytest.raises(SystemExit):
+        parser.error(f"{forged}\nforged: cannot be read")
+    said = capsys.readouterr()
+    assert said.out == "a?[2J?forged?.png: left out\n"
+    assert said.err == "train.py: error: a?[2J?forged?.png?forged: cannot be read\n"

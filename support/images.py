@@ -1,0 +1,241 @@
+"""One image or one mask on disk: reading it, and what its numbers mean.
+
+Images are PNG, JPEG, TIFF, PPM or PGM, or .npy of shape (H,W) or (H,W,C), which is mapped into
+memory, so that only the tile at hand is read. Masks are the same but for JPEG, and hold class
+indices from 0 on, and 255 for pixels that do not count. Pictures are read if they are of a kind that
+Pillow is known to read as it is. All else raises DataError, with one line: the file, what is wrong,
+the fix. Letters as in decompose.py.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps  # comes with matplotlib, which itself would read a palette as colours
+from torch import Tensor
+
+from support.loss import IGNORE
+from support.options import UserError
+
+PICTURES = (".png", ".jpg", ".jpeg", ".jfif", ".tif", ".tiff", ".ppm", ".pgm")
+READ_EXACTLY = {  # in the words of Pillow: the mode of a picture, and how the file stores its pixels
+    "PNG": "1:1 L:L LA:LA RGB:RGB RGBA:RGBA P:P P:P;1 P:P;2 P:P;4 I;16:I;16B",
+    "JPEG": "L:L RGB:RGB CMYK:CMYK CMYK:CMYK;I",
+    "MPO": "L:L RGB:RGB",  # a JPEG with other pictures behind it, as phones make them
+    "TIFF": "1:1 L:L LA:LA RGB:RGB RGBA:RGBA P:P I;16:I;16 I;16:I;16N I;16B:I;16B I;16B:I;16N I:I;16S I:I;32S F:F;32F",
+    "PPM": "L:L RGB:RGB",
+}
+ORIENTATION = 0x0112  # in the data of a camera (EXIF): how it was held
+WHITE = {"uint8": 255, "uint16": 65535}  # in other types it is 1
+FAR = 10  # standard deviations from the mean
+BLOCK = 2**20  # numbers that are looked at together
+Image.MAX_IMAGE_PIXELS = None  # large images are what this project is for
+
+
+class DataError(UserError):
+    """What is on disk cannot be used: one line that names the file, what is wrong, and the fix."""
+
+
+# Reading
+
+def read_image(path: Path) -> np.ndarray:
+    """(H,W,C) in the type of the file, but 16 bits with a sign become 32 bits. An .npy is mapped and not read."""
+    image = read(path, is_mask=False)
+    return image.reshape(*image.shape[:2], -1)
+
+
+def read_mask(path: Path) -> np.ndarray:
+    """(H,W) class indices in the type of the file."""
+    mask = read(path, is_mask=True)
+    channels = mask.reshape(*mask.shape[:2], -1)
+    if mask.dtype.kind == "f" or (channels[..., 1:] != channels[..., :1]).any():
+        raise DataError(f"{path}: a mask of shape {mask.shape} and type {mask.dtype}, where whole numbers (H,W) were "
+                        "expected, the class indices; of a mask in colour save the number of each colour, of a one-hot "
+                        "mask mask.argmax(axis=2), each as .astype('uint8') (docs/own-images.md)")
+    return channels[..., 0]
+
+
+def read(path: Path, is_mask: bool) -> np.ndarray:
+    """(H,W) or (H,W,C); the indices of a mask with a palette, but the colours of an image with one."""
+    try:
+        if path.suffix.lower() == ".npy":
+            array = open_array(path)
+        else:
+            array = read_picture(path, is_mask)
+    except MemoryError:
+        raise
+    except Exception as error:  # a damaged file fails in as many ways as there are places in it
+        raise DataError(f"{path}: cannot be read ({error}); replace it, or save it as .npy: numpy.save('NAME.npy', array), "
+                        "where a TIFF gives array = tifffile.imread('NAME.tif')") from None
+    return array.astype(array.dtype.newbyteorder("="), copy=False)  # PyTorch knows no other order of bytes
+
+
+def open_array(path: Path) -> np.ndarray:
+    """The array of an .npy file, mapped into memory. ValueError: it is no image."""
+    array = np.load(path, mmap_mode="c")  # "c": changes, which torch asks to be possible, would not reach the file
+    if array.ndim not in (2, 3) or not np.can_cast(array.dtype, np.float64):
+        raise ValueError(f"an array of {array.dtype} and shape {array.shape}, but (H,W) or (H,W,C) numbers of at most 64 "
+                         "bits were expected")
+    return array
+
+
+def read_picture(path: Path, is_mask: bool) -> np.ndarray:
+    """The numbers of a picture, turned as its camera says that it was held (EXIF).
+
+    ValueError: Pillow would not read all of it as it is, or it is a mask that was saved as JPEG.
+    """
+    with Image.open(path) as picture:
+        check_kind(picture, is_mask)
+        if picture.format == "TIFF":
+            check_tiff(picture, path.stat().st_size)
+        picture.load()
+        ImageOps.exif_transpose(picture, in_place=True)
+    if picture.mode == "CMYK":
+        picture = picture.convert("RGB")
+    if picture.mode == "P" and not is_mask:
+        picture = picture.convert("RGBA")
+    if picture.mode not in ("LA", "RGBA"):
+        return np.array(picture)
+    lowest, highest = picture.getchannel("A").getextrema()
+    if lowest < highest:
+        raise ValueError("its last band, transparency or infrared, is not the same everywhere and would be lost")
+    return np.array(picture)[..., :-1]
+
+
+def check_kind(picture: Image.Image, is_mask: bool):
+    """ValueError: Pillow is not known to read such a picture as it is, or it is a mask in JPEG."""
+    decoder, _, _, arguments = picture.tile[0]
+    stored = arguments if isinstance(arguments, str) else arguments[0]
+    kind = f"{picture.mode}:{stored}"
+    known = READ_EXACTLY.get(picture.format, "")
+    if kind not in known.split() or decoder.startswith("ppm"):  # "ppm" changes the numbers
+        raise ValueError(f"it is not known that Pillow reads a {picture.format} of the kind {kind} as it is")
+    if is_mask and "jpeg" in (decoder, picture.info.get("compression")):  # the latter inside a TIFF
+        raise ValueError("JPEG changes the numbers of a mask")
+
+
+def check_tiff(picture: Image.Image, bytes_of_file: int):
+    """ValueError: a TIFF is more than one plane, or less, or Pillow reads its numbers or their order wrongly."""
+    tags = picture.tag_v2.named()
+    width, height = picture.size
+    columns = tags.get("TileWidth", width)
+    rows = tags.get("TileLength", tags.get("RowsPerStrip", height))
+    parts = math.ceil(width / columns) * math.ceil(height / rows)
+    sizes = tags.get("TileByteCounts", tags.get("StripByteCounts"))
+    is_whole = len(sizes) == parts and 0 not in sizes  # 0: GDAL leaves out a part in which nothing is
+    # ImageJ writes the planes of a stack one behind the other, uncompressed, but lists the parts of the first alone.
+    rest = bytes_of_file - sum(sizes)
+    is_stack = picture.info["compression"] == "raw" and rest >= max(sum(sizes), 1024)
+    is_volume = picture.n_frames > 1 or tags.get("ImageDepth", 1) > 1
+    is_turned = tags.get("Orientation", 1) != 1
+    has_signed_bytes = picture.mode == "L" and 2 in tags.get("SampleFormat", ())
+    if not is_whole or is_stack or is_volume or is_turned or has_signed_bytes:
+        raise ValueError("a TIFF of several pages or planes, with gaps, turned, or of bytes with a sign")
+
+
+def read_header(path: Path) -> tuple[bool, list[list[int]]]:
+    """Whether a picture is turned or mirrored when it is read, and red, green and blue of each index of its palette."""
+    if path.suffix.lower() == ".npy":
+        return False, []
+    with Image.open(path) as picture:
+        turned = "exif" in picture.info and picture.getexif().get(ORIENTATION, 1) != 1
+        palette = picture.getpalette() if picture.mode == "P" else []
+    return turned, np.reshape(palette, (-1, 3)).tolist()
+
+
+# What the numbers of an image mean
+
+def white(image: np.ndarray | Tensor) -> int:
+    """The value of white: 255 or 65535 in pictures of 8 or 16 bits, 1 in any other type."""
+    kind = str(image.dtype).removeprefix("torch.")
+    return WHITE.get(kind, 1)
+
+
+def normalise(tile: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """A tile (B,C,h,w) as it is stored -> numbers of mean 0 and standard deviation 1 in each channel.
+
+    mean, std: of each channel of the training images, where white is 1. Tiles travel as they are
+    stored, which for a photograph is a quarter of the bytes, and are normalised on their device. No
+    number outweighs all others: nan becomes 0, and what is more than 10 deviations away, such as
+    -9999 where nothing was measured, becomes 10 or -10.
+    """
+    x = tile.to(torch.get_default_dtype()) / white(tile)
+    for channel in range(x.shape[1]):
+        x[:, channel].sub_(mean[channel]).div_(std[channel])
+    return x.nan_to_num_(nan=0).clamp_(-FAR, FAR)
+
+
+def sums(image: np.ndarray, mask: np.ndarray | int, shift: Sequence[float]) -> np.ndarray:
+    """(3,C): how many numbers x each channel of an image (H,W,C) has, and the sums of x - shift and of its square.
+
+    White is 1. Pixels that do not count in the mask (H,W) are left out, and so are nan and inf. shift: for each channel,
+    near its mean, as otherwise a deviation of 0.1 beside a mean of 100,000 would be lost.
+    """
+    mask = np.broadcast_to(mask, image.shape[:2])
+    blocks = image.size // BLOCK + 1  # some rows each: a mapped array may be larger than the memory
+    found = np.zeros((3, image.shape[2]))
+    for pixels, labels in zip(np.array_split(image, blocks), np.array_split(mask, blocks)):
+        for channel in range(image.shape[2]):
+            x = pixels[..., channel][labels != IGNORE].astype(np.float64)
+            x = x[np.isfinite(x)] / white(image) - shift[channel]
+            found[:, channel] += x.size, x.sum(), (x**2).sum()
+    return found
+
+
+def mean_and_std(found: np.ndarray, shift: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation of each channel, of such sums."""
+    count = np.maximum(found[0], 1)
+    mean = found[1] / count
+    variance = found[2] / count - mean**2
+    return shift + mean, np.sqrt(np.maximum(variance, 0))  # rounding may make it negative
+
+
+def check_values(image: np.ndarray, name: Path | str, config: dict) -> str | None:
+    """A line if the numbers of an image (H,W,C) are not such as the network was trained on, else None.
+
+    They are not if a channel holds nan or inf; if its mean is more than 10 deviations of training away,
+    as with 0 to 255 instead of 0 to 1; or if all deviations are under a hundredth, as with 0 to 1
+    instead of 0 to 255, but not 0, as in a picture of nothing but water. config: of the network; its
+    dtype is None after training on synthetic images, which any finite numbers may follow.
+    """
+    trained = config["mean"]
+    found = sums(image, 0, trained)
+    mean, std = mean_and_std(found, trained)
+    away = np.abs(mean - trained) / config["std"]
+    ratio = (std / config["std"]).max()
+    is_far = away.max() > FAR or 0 < ratio < 0.01
+    if is_far and config["dtype"] is not None or found[0].sum() < image.size:
+        i = away.argmax()
+        return (f"{name}: holds nan or inf, or numbers far from those of training: in channel {i} the mean is "
+                f"{mean[i]:.4g} (where white is 1) and was {trained[i]:.4g}; bring the numbers to the same units")
+    return None
+
+
+# What the numbers of a mask mean
+
+def count_pixels(mask: np.ndarray, path: Path, classes: int) -> Counter:
+    """How many pixels each value has: class indices, and IGNORE. DataError: another value than these."""
+    pixels = Counter()
+    for block in np.array_split(mask, mask.size // BLOCK + 1):
+        values, counts = np.unique(block, return_counts=True)
+        pixels.update(dict(zip(values.tolist(), counts.tolist())))
+    wrong = pixels.keys() - {*range(classes), IGNORE}
+    if wrong:
+        raise DataError(f"{path}: holds the value {max(wrong)}, but a mask holds the classes 0 to {classes - 1}, and "
+                        f"{IGNORE} where nothing counts; are these colours, numbered objects, or values between "
+                        "those of classes, which JPEG and interpolation make? Or is a name missing in classes.txt?")
+    return pixels
+
+
+def drawn_in_white(pixels: Counter) -> bool:
+    """Whether masks hold 0 and 255 alone. Then 255 is rather an object drawn in white than what does not count."""
+    return set(pixels) == {0, IGNORE}
+
+
+def single_class_error(folder: Path | str) -> DataError:
+    """The error to raise where all masks hold 0 alone, or 0 and IGNORE."""
+    return DataError(f"{folder}: the masks know a single class, 0; save the others as 1, 2, ... (a pixel of {IGNORE} "
+                     "does not count: if it shall be a class, save it as 1)")
