@@ -49,7 +49,7 @@ from support.sizes import build_tiling
 
 # Where each tile lives
 
-def place(i: int, devices: list[torch.device]) -> torch.device:
+def place(i: int, devices: list) -> torch.device:
     """The device of tile i: of four tiles on two GPUs, tiles 0 and 2 live on the first, 1 and 3 on the second.
 
     Where several processes share an image, they take its tiles in turn, and each deals out its own in this way.
@@ -67,7 +67,7 @@ def to_device(tile: Tensor, device: torch.device) -> Tensor:
     return tile.to(device)
 
 
-def run_tiles(model: DecomposedUNet, images: Tensor, tiling: Tiling, devices: list[torch.device], config: dict,
+def run_tiles(model: DecomposedUNet, images: Tensor, tiling: Tiling, devices: list, config: dict,
               reduce_tile: Callable) -> list:
     """Images (B,C,H,W) as they are stored -> what reduce_tile(i, logits) returns for each tile i, on its device."""
     image_tiles = tiling.split(images)
@@ -92,7 +92,7 @@ def run_tiles(model: DecomposedUNet, images: Tensor, tiling: Tiling, devices: li
 
 # The loss
 
-def batch_loss(model: DecomposedUNet, images: Tensor, masks: Tensor, tiling: Tiling, devices: list[torch.device],
+def batch_loss(model: DecomposedUNet, images: Tensor, masks: Tensor, tiling: Tiling, devices: list,
                config: dict) -> Tensor:
     """Images (B,C,H,W), masks (B,H,W) -> the loss, on the first device. Each tile gives its sums, and only these
     travel."""
@@ -111,7 +111,7 @@ def batch_loss(model: DecomposedUNet, images: Tensor, masks: Tensor, tiling: Til
 # A training step
 
 def train_step(model: DecomposedUNet, images: Tensor, masks: Tensor, optimizer, schedule, config: dict,
-               devices: list[torch.device]) -> Tensor:
+               devices: list) -> Tensor:
     """Changes the weights once. Returns the loss of the batch."""
     optimizer.zero_grad()  # before the forward pass, or the old gradients would lie beside all activations
     tiling = build_tiling(config, images.shape[-2:])
@@ -155,7 +155,7 @@ def batch_norms(model: nn.Module) -> list[nn.BatchNorm2d]:
     return [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
 
 
-def train_epoch(model: DecomposedUNet, loader, optimizer, schedule, config: dict, devices: list[torch.device],
+def train_epoch(model: DecomposedUNet, loader, optimizer, schedule, config: dict, devices: list,
                 freeze_step: int) -> float:
     """One pass over the training images. Returns the mean loss. Diverged: a loss is nan or infinite.
 
@@ -178,12 +178,13 @@ def train_epoch(model: DecomposedUNet, loader, optimizer, schedule, config: dict
 # Validation
 
 @torch.no_grad()
-def evaluate(model: DecomposedUNet, loader, config: dict, devices: list[torch.device]) -> dict:
+def evaluate(model: DecomposedUNet, loader, config: dict, devices: list) -> dict:
     """Loss and IoU of a split. They are taken over all its pixels at once, and not averaged over images."""
     model.eval()
     classes = len(config["classes"])
-    sums = torch.zeros(SUMS, classes, dtype=torch.double, device=devices[0])
-    counts = torch.zeros(2, classes, classes, dtype=torch.long, device=devices[0])
+    first = devices[0]
+    sums = torch.zeros(SUMS, classes, dtype=torch.double, device=first)
+    counts = torch.zeros(2, classes, classes, dtype=torch.long, device=first)
     progress = Progress("evaluating, batch", len(loader))
     for step, (images, masks) in enumerate(loader, start=1):
         tiling = build_tiling(config, images.shape[-2:])
@@ -192,19 +193,21 @@ def evaluate(model: DecomposedUNet, loader, config: dict, devices: list[torch.de
         def measure_tile(i: int, logits: Tensor) -> tuple[Tensor, Tensor]:
             mask = to_device(mask_tiles[i], logits.device)
             near_seam = pixels_near_seam(tiling, i, logits.device)
-            return loss_sums(logits, mask), confusion(logits.argmax(dim=1), mask, near_seam, classes)
+            predicted = logits.argmax(dim=1)
+            return loss_sums(logits, mask), confusion(predicted, mask, near_seam, classes)
 
         larger = math.prod(tiling.size) > math.prod(config["image_size"])
         recompute = config["recompute"] or larger  # an image larger than those of training may not fit without it
-        for tile_sums, tile_counts in run_tiles(model, images, tiling, devices, {**config, "recompute": recompute},
-                                                measure_tile):
-            sums += tile_sums.to(devices[0])
-            counts += tile_counts.to(devices[0])
+        settings = {**config, "recompute": recompute}
+        for tile_sums, tile_counts in run_tiles(model, images, tiling, devices, settings, measure_tile):
+            sums += tile_sums.to(first)
+            counts += tile_counts.to(first)
         progress.show(step)
     # Only here do groups of processes wait for each other, so one may have fewer batches than another.
     sums = processes.all_reduce_sum(sums)
     counts = processes.all_reduce_sum(counts)
-    return {"loss": loss_from_sums(sums, config["loss_weights"]).item(), **scores(counts, config["classes"])}
+    loss = loss_from_sums(sums, config["loss_weights"])
+    return {"loss": loss.item(), **scores(counts, config["classes"])}
 
 
 # All of it
@@ -261,7 +264,7 @@ def train(config: dict, devices: list, out: Path, state: dict) -> dict:
 
 
 @torch.no_grad()
-def predict_some(model: DecomposedUNet, dataset, config: dict, devices: list[torch.device],
+def predict_some(model: DecomposedUNet, dataset, config: dict, devices: list,
                  count: int = 4) -> tuple[dict[str, list[Tensor]], list]:
     """The first images of a data set, their true masks and their predictions, reduced to the size
     of a picture; and the boxes of the tiles in these pictures."""

@@ -104,7 +104,9 @@ def find_devices(gpus: int, tiles: str) -> list[torch.device]:
     process prints."""
     found = min(gpus, gpus_each())
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    devices = [torch.device("cuda", local_rank * found + i) for i in range(found)]
+    devices = []
+    for i in range(found):
+        devices.append(torch.device("cuda", local_rank * found + i))
     if devices:
         torch.cuda.set_device(devices[0])  # or a process would also take memory of the first GPU of all
     else:
@@ -194,7 +196,11 @@ def synchronise(model: nn.Module):
     """
     if not dist.is_initialized():
         return
-    all_reduce_together([weight.grad for weight in model.parameters() if weight.grad is not None])
+    gradients = []
+    for weight in model.parameters():
+        if weight.grad is not None:
+            gradients.append(weight.grad)
+    all_reduce_together(gradients)
     if learns_statistics(model):
         weighted_average(model, 1 / world_size(), group=None)
 
