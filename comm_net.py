@@ -25,7 +25,7 @@ class CommNet(nn.Sequential):
     depth 3 and 96 pixels at depth 4. The dilations (1, 2, 4, 8) see 30 cells, for the price of one
     more convolution. From cell to cell nothing passes beyond this reach. But before, each cell has
     seen a few cells of its own tile, in the encoder. And a cell halfway between two others hears
-    both of them, so these two may be up to twice as far apart.
+    both of them: with a reach of 6 cells, these two may be up to 12 cells apart.
     """
 
     def __init__(self, channels: int, dropout: float = 0.0, dilations: Sequence[int] = (1, 1, 1)):

@@ -40,7 +40,8 @@ class Tiling:
 
     boxes, halos: for each tile, row-major, its box without and with the overlap. The boxes cover the
         (padded) image once.
-    coarse: the same cuts for the coarse map, which has one pixel for every cell.
+    coarse: a Tiling with the same cuts for the coarse map, which has one pixel for every cell (with a cell of 1, the
+        Tiling itself).
 
     The tiles are as equal as whole cells allow: 2448 pixels in cells of 16 are 153 cells, so two
     tiles are 1232 and 1216 wide. If the image ends inside a cell, `split` pads it at the bottom and
@@ -244,7 +245,7 @@ class MultiDeviceModule:
     copy of its own. `update_buffers` then takes the mean of these copies. With momentum m (0.1 in
     PyTorch) a tile makes (1 - m) * old + m * its own statistics, so the mean is
     (1 - m) * old + m * mean of the tiles' statistics. So neither the number of devices nor the order
-    of the tiles changes the result.
+    of the tiles changes the result. (The communication network runs once, as an ordinary module.)
 
     Where no layer learns statistics (batch norm is in evaluation mode, or there is none) the buffers
     stay as they are.
@@ -268,7 +269,8 @@ class MultiDeviceModule:
             self.weights[device][name] = weight.to(device)
         self.buffers[device] = {}
         for name, buffer in self.module.named_buffers():
-            # A copy on its own device, too: the module gets its new buffers before tiles may be computed again.
+            # A copy on the module's own device, too: `update_buffers` overwrites those of the module, but a tile that
+            # is computed again in the backward pass (see support/scale.py) must see the old ones.
             self.buffers[device][name] = buffer.to(device, copy=True)
 
     def __call__(self, device: torch.device, *inputs):
@@ -277,8 +279,8 @@ class MultiDeviceModule:
         if self.learns_statistics:
             buffers = {name: buffer.clone() for name, buffer in buffers.items()}
             self.changed.append(buffers)
-        # functional_call runs the module with these weights and buffers in place of its own. Without tie_weights=False
-        # it would not put back those of a layer that is found under two names.
+        # functional_call runs the module with these weights and buffers in place of its own. With its default,
+        # tie_weights=True, a layer that has two names would keep them after the call.
         return functional_call(self.module, (self.weights[device], buffers), inputs, tie_weights=False)
 
     @torch.no_grad()

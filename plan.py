@@ -16,6 +16,7 @@ import functools
 import math
 import sys
 from collections import Counter
+from contextlib import contextmanager
 from pathlib import Path
 from unittest import mock
 
@@ -52,7 +53,7 @@ def fake_step(config: dict, frozen: bool = False) -> LiveMemory:
     0, "cpu:1" is the CPU of a run without GPUs, and holds the images too. The phases of the step
     begin and end where the communication network does, forwards and backwards.
     """
-    devices = [torch.device("cpu", i + 1) for i in range(max(config["gpus"], 1))]
+    devices = devices_of(config)
     host = torch.device("cpu") if config["gpus"] else devices[0]
     memory = LiveMemory()
     with memory, FakeTensorMode(), mock.patch.object(scale, "draw_seeds", no_seeds):
@@ -75,6 +76,10 @@ def fake_step(config: dict, frozen: bool = False) -> LiveMemory:
         train.train_step(model, images, masks, optimizer, schedule, config, devices)
         memory.end_phase()
     return memory
+
+
+def devices_of(config: dict) -> list[torch.device]:
+    return [torch.device("cpu", i + 1) for i in range(max(config["gpus"], 1))]
 
 
 def no_seeds(tiling: Tiling) -> list[int]:
@@ -106,14 +111,30 @@ def predict(config: dict) -> tuple[Counter, Counter]:
     has the most tiles.
     """
     peak, moved = Counter(), Counter()
-    for frozen in (False, True):
-        if frozen and config["recompute"]:
-            continue  # one tile at a time in both kinds of steps
-        phases, moved_in_step = predict_phases(config, frozen)
-        for phase in phases:
-            peak |= phase  # of each device the larger value
-        moved |= moved_in_step
+    with first_of_processes(config["image_processes"]):
+        for frozen in (False, True):
+            if frozen and config["recompute"]:
+                continue  # one tile at a time in both kinds of steps
+            phases, moved_in_step = predict_phases(config, frozen)
+            for phase in phases:
+                peak |= phase  # of each device the larger value
+            moved |= moved_in_step
     return peak, moved
+
+
+@contextmanager
+def first_of_processes(count: int):
+    """Inside, this is the first of so many processes that share an image. PyTorch's "fake" backend stands for the
+    others: it does not exchange anything."""
+    if count > 1:
+        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=count)
+        processes.share_images(count)
+    try:
+        yield
+    finally:
+        if count > 1:
+            dist.destroy_process_group()
+            processes.image_processes = 1
 
 
 def predict_phases(config: dict, frozen: bool) -> tuple[list[Counter], Counter]:
@@ -127,7 +148,7 @@ def predict_phases(config: dict, frozen: bool) -> tuple[list[Counter], Counter]:
     tiling = build_tiling(config, config["image_size"])
     all_gpus = max(config["gpus"], 1) * config["image_processes"]
     if len(tiling) <= 4 * all_gpus:
-        memory = run_fake_step(config, frozen)
+        memory = fake_step(config, frozen)
         return memory.phases, memory.moved
 
     height = max(bottom - top for top, bottom, _, _ in tiling.halos)
@@ -136,11 +157,12 @@ def predict_phases(config: dict, frozen: bool) -> tuple[list[Counter], Counter]:
     for each in (2, 4):
         tiles = each * all_gpus
         row = {"image_size": (height, width * tiles), "grid": (1, tiles), "overlap": 0}
-        steps.append(run_fake_step({**config, **row}, frozen))
+        steps.append(fake_step({**config, **row}, frozen))
     two, four = steps
-    tiles_of = {}
-    for gpu in range(max(config["gpus"], 1)):
-        tiles_of[f"cpu:{gpu + 1}"] = pixels_of_gpu(config, tiling, gpu) / (height * width)
+    tiles_of = Counter()  # each device
+    for i, device in train.place(tiling, devices_of(config)).items():
+        top, bottom, left, right = tiling.halos[i]
+        tiles_of[str(device)] += (bottom - top) * (right - left) / (height * width)
 
     phases = []
     for phase_of_two, phase_of_four in zip(two.phases, four.phases):
@@ -151,34 +173,11 @@ def predict_phases(config: dict, frozen: bool) -> tuple[list[Counter], Counter]:
     moved = Counter()
     for way in four.moved:
         # Between the first GPU and another one travels what belongs to the tiles of the other.
-        tiles = min(tiles_of.get(device, math.inf) for device in way)
+        tiles = max(tiles_of.values())
+        for device in way:
+            tiles = min(tiles, tiles_of.get(device, tiles))
         moved[way] = extend(two.moved[way], four.moved[way], tiles)
     return phases, moved
-
-
-def run_fake_step(config: dict, frozen: bool) -> LiveMemory:
-    """`fake_step`, as one of several processes if the configuration says so: PyTorch's "fake" backend stands for the
-    others."""
-    if config["image_processes"] == 1:
-        return fake_step(config, frozen)
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=config["image_processes"])
-    processes.share_images(config["image_processes"])
-    try:
-        return fake_step(config, frozen)
-    finally:
-        dist.destroy_process_group()
-        processes.image_processes = 1
-
-
-def pixels_of_gpu(config: dict, tiling: Tiling, gpu: int) -> int:
-    """How many pixels the tiles of a GPU of the first process have, with their overlap."""
-    devices = list(range(max(config["gpus"], 1)))
-    pixels = 0
-    for i in range(0, len(tiling), config["image_processes"]):
-        if train.place(i // config["image_processes"], devices) == gpu:
-            top, bottom, left, right = tiling.halos[i]
-            pixels += (bottom - top) * (right - left)
-    return pixels
 
 
 def extend(of_two: int, of_four: int, tiles: float) -> int:

@@ -21,9 +21,9 @@ from torch.utils.data import Dataset
 
 SPLITS = ("train", "val", "test")
 
-# The classes. To add one, write its number, name and colour here, and draw it in
-# LinesAndCircles.draw; where it lies is to be drawn by __getitem__. Then name it in CLASSES of
-# experiments/common.py. Some tests in tests/test_synthetic.py know that there are three.
+# The classes. To add one, write its number, name and colour here, choose its place at random in
+# LinesAndCircles.__getitem__, and paint it in `draw`. That there are three is also known to experiments/common.py
+# (CLASSES), the step programs of docs/steps.md, the default of plan.py's --classes, and some tests.
 BACKGROUND = 0
 LINE = 1
 CIRCLE = 2

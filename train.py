@@ -49,13 +49,13 @@ from support.sizes import build_tiling
 
 # Where each tile lives
 
-def place(i: int, devices: list) -> torch.device:
-    """The device of tile i: of four tiles on two GPUs, tiles 0 and 2 live on the first, 1 and 3 on the second.
-
-    Where several processes share an image, they take its tiles in turn, and each deals out its own in this way.
-    """
-    number = i // processes.image_processes  # of the tile among those of its process
-    return devices[number % len(devices)]
+def place(tiling: Tiling, devices: list) -> dict[int, torch.device]:
+    """The device of each tile of this process. Tiles take turns: of four tiles on two GPUs, tiles 0 and 2 live on the
+    first, 1 and 3 on the second."""
+    placement = {}
+    for number, i in enumerate(processes.own_tiles(len(tiling))):
+        placement[i] = devices[number % len(devices)]
+    return placement
 
 
 def to_device(tile: Tensor, device: torch.device) -> Tensor:
@@ -71,17 +71,18 @@ def run_tiles(model: DecomposedUNet, images: Tensor, tiling: Tiling, devices: li
               reduce_tile: Callable) -> list:
     """Images (B,C,H,W) as they are stored -> what reduce_tile(i, logits) returns for each tile i, on its device."""
     image_tiles = tiling.split(images)
+    placement = place(tiling, devices)
 
     def load_tile(i: int) -> Tensor:
-        tile = to_device(image_tiles[i], place(i, devices))
+        tile = to_device(image_tiles[i], placement[i])
         return normalise(tile, config["mean"], config["std"])
 
-    # In bfloat16 where the user wants it. Without autocast's cache, with which it would also add up
-    # the gradients of all tiles in bfloat16, and lose the small ones.
+    # In bfloat16 where the user wants it. The cache of autocast would keep one bfloat16 copy of each weight for all
+    # tiles, so that their gradients would be added up in bfloat16, in which small ones are lost.
     with torch.autocast(devices[0].type, torch.bfloat16, enabled=config["amp"], cache_enabled=False):
         if config["recompute"]:
             return scale.forward_with_recompute(model, load_tile, tiling, devices, reduce_tile)
-        if scale.is_needed(model):
+        if scale.can_stack(model) or processes.image_processes > 1:
             return scale.forward_in_groups(model, load_tile, tiling, devices, reduce_tile)
         tiles = [load_tile(i) for i in range(len(tiling))]
         reduced = []
@@ -203,7 +204,8 @@ def evaluate(model: DecomposedUNet, loader, config: dict, devices: list) -> dict
             sums += tile_sums.to(first)
             counts += tile_counts.to(first)
         progress.show(step)
-    # Only here do groups of processes wait for each other, so one may have fewer batches than another.
+    # In evaluation, groups of processes wait for each other only here, so one may have fewer batches than another. In
+    # training all have the same number of them: see Batches in support/loaders.py.
     sums = processes.all_reduce_sum(sums)
     counts = processes.all_reduce_sum(counts)
     loss = loss_from_sums(sums, config["loss_weights"])
@@ -269,7 +271,7 @@ def predict_some(model: DecomposedUNet, dataset, config: dict, devices: list,
     """The first images of a data set, their true masks and their predictions, reduced to the size
     of a picture; and the boxes of the tiles in these pictures."""
     model.eval()
-    config = {**config, "recompute": True}
+    config = {**config, "recompute": True}  # one tile at a time
     pictures = {"image": [], "true mask": [], "prediction": []}
     boxes = []
     for image, mask in itertools.islice(dataset, count):

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 # A function of a number of channels, which makes the layer that normalises them. For group norm of
 # 4 groups: def norm(channels): return nn.GroupNorm(4, channels), with a width that 4 divides.
 Norm = Callable[[int], nn.Module]
-NORM = nn.BatchNorm2d  # that of every network here, unless another is given
+NORM = nn.BatchNorm2d  # that of encoder and decoder; the communication network keeps batch norm
 
 
 class DoubleConv(nn.Sequential):

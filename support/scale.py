@@ -31,7 +31,7 @@ def forward_in_groups(model: DecomposedUNet, load_tile: Callable, tiling: Tiling
     are small. If a layer of encoder or decoder looks at its batch as a whole, as batch norm does
     while it learns its statistics, each tile is a group of its own.
 
-    devices: those of the tiles.
+    devices: those on which tiles lie, each at least once.
     """
     encoder = MultiDeviceModule(model.encoder, devices)
     decoder = MultiDeviceModule(model.decoder, devices)
@@ -39,7 +39,7 @@ def forward_in_groups(model: DecomposedUNet, load_tile: Callable, tiling: Tiling
     tiles = {}
     for i in processes.own_tiles(len(tiling)):
         tiles[i] = load_tile(i)
-    groups = group_tiles(tiles, stack=not looks_at_batch(model))
+    groups = group_tiles(tiles, can_stack(model))
 
     skips, coarse_maps, sent = [], {}, {}
     for group in groups:
@@ -91,23 +91,18 @@ def group_tiles(tiles: dict[int, Tensor], stack: bool) -> list[list[int]]:
     return groups
 
 
-def is_needed(model: DecomposedUNet) -> bool:
-    """Whether `forward_in_groups` computes something else than the model itself: a part of the tiles, or several at once."""
-    return processes.image_processes > 1 or not looks_at_batch(model)
+def can_stack(model: DecomposedUNet) -> bool:
+    """Whether tiles can be stacked as one batch: no layer of encoder or decoder computes with its batch as a whole.
 
-
-def looks_at_batch(model: DecomposedUNet) -> bool:
-    """Whether a layer of encoder or decoder computes with its batch as a whole, so that tiles must not be stacked.
-
-    These are layers with buffers in training mode, and norms that never keep statistics.
+    Those that do are layers with buffers in training mode, and norms that never keep statistics.
     """
     for half in (model.encoder, model.decoder):
         if learns_statistics(half):
-            return True
+            return False
         for layer in half.modules():
             if getattr(layer, "track_running_stats", True) is False:
-                return True
-    return False
+                return False
+    return True
 
 
 def forward_with_recompute(model: DecomposedUNet, load_tile: Callable, tiling: Tiling, devices: list[torch.device],
@@ -136,8 +131,8 @@ def forward_with_recompute(model: DecomposedUNet, load_tile: Callable, tiling: T
         with fixed_dropout(seeds[i], devices):
             skips, coarse_map = encoder(tile.device, tile)
         if received is not None:
-            # The gradient of torch.cat is a view, which would keep that of all channels in memory until every
-            # tile is done. That of a multiplication has a memory of its own.
+            # Times 1, only for its gradient: that of torch.cat is a view, which would keep the gradient of all
+            # channels in memory until every tile is done. That of a multiplication has a memory of its own.
             coarse_map = model.replace(coarse_map, received.to(tile.device) * 1)
         with fixed_dropout(seeds[i] + 1, devices):
             logits = decoder(tile.device, skips, coarse_map)
@@ -178,7 +173,7 @@ def communicate(model: DecomposedUNet, sent: dict[int, Tensor], tiling: Tiling) 
             parts.append(example.new_zeros(batch, channels, bottom - top, right - left))
     if len(sent) < len(tiling):
         coarse_map = processes.sum_over_group(tiling.coarse.stitch(parts))
-        parts = tiling.coarse.split(coarse_map, overlap=False)
+        parts = tiling.coarse.split(coarse_map, overlap=False)  # again, as the model stitches them itself
     return model.communicate(parts, tiling)
 
 
@@ -190,7 +185,7 @@ def update_buffers(module: MultiDeviceModule, tiling: Tiling):
         processes.average_over_group(module.module, len(own_tiles) / len(tiling))
 
 
-# Dropout
+# Dropout, and one thread in a module at a time
 
 # functional_call puts weights into the module for as long as it runs. In the backward pass with
 # recompute, autograd runs the tiles of each GPU in a thread of its own, and two threads in one

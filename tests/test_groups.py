@@ -112,4 +112,4 @@ def norm_of_each_batch(channels):
 def test_tiles_are_stacked_where_no_layer_looks_at_its_batch(norm, frozen, looks):
     model = build_model(1, 3, width=4, depth=2, comm_channels=0, norm=norm)
     train.set_training_mode(model, frozen)
-    assert scale.looks_at_batch(model) == looks
+    assert scale.can_stack(model) != looks
