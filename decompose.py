@@ -27,9 +27,6 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-Box = tuple[int, int, int, int]  # top, bottom, left, right, in pixels
-
-
 class Tiling:
     """How an image is cut into tiles.
 
@@ -38,7 +35,7 @@ class Tiling:
     cell: the borders between tiles lie on multiples of this many pixels, 2^D for a U-Net of depth D.
     overlap: how many pixels of its neighbours a tile also sees, on each side, as far as the image goes.
 
-    boxes, halos: for each tile, row-major, its box without and with the overlap. The boxes cover the
+    boxes, halos: for each tile, row-major, its (top, bottom, left, right) without and with the overlap. The boxes cover the
         (padded) image once.
     coarse: a Tiling with the same cuts for the coarse map, which has one pixel for every cell (with a cell of 1, the
         Tiling itself).
@@ -280,7 +277,8 @@ class MultiDeviceModule:
             buffers = {name: buffer.clone() for name, buffer in buffers.items()}
             self.changed.append(buffers)
         # functional_call runs the module with these weights and buffers in place of its own. With its default,
-        # tie_weights=True, a layer that has two names would keep them after the call.
+        # tie_weights=True, a layer that has two names would keep them after the call. (So two layers cannot share a
+        # single weight here.)
         return functional_call(self.module, (self.weights[device], buffers), inputs, tie_weights=False)
 
     @torch.no_grad()

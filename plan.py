@@ -41,13 +41,14 @@ from support.model import build_from_config
 from support.run import open_run
 from support.sizes import build_tiling, check_sizes
 
+WITH_RUN = ("--run", "--memory", "--gpus", "--grid", "--batch-size", "--recompute", "--amp", "--no-amp")
 RESERVE = 1  # GiB of a GPU that are left for CUDA itself and the workspaces of its kernels
 
 
 # One step on fake tensors
 
 def fake_step(config: dict, frozen: bool = False) -> LiveMemory:
-    """The memory of the first process in one training step of train.py. frozen: whether batch norm keeps its statistics.
+    """The memory of this process in one training step of train.py. frozen: whether batch norm keeps its statistics.
 
     GPU i is called "cpu:{i + 1}", a CPU with a number, for which no driver need exist. With `gpus`
     0, "cpu:1" is the CPU of a run without GPUs, and holds the images too. The phases of the step
@@ -82,7 +83,7 @@ def devices_of(config: dict) -> list[torch.device]:
     return [torch.device("cpu", i + 1) for i in range(max(config["gpus"], 1))]
 
 
-def no_seeds(tiling: Tiling) -> list[int]:
+def no_seeds(model: torch.nn.Module, tiling: Tiling) -> list[int]:
     """Seeds for dropout which are not drawn, as fake tensors hold no numbers."""
     return [0] * len(tiling)
 
@@ -107,11 +108,11 @@ def predict(config: dict) -> tuple[Counter, Counter]:
     """Peak bytes of each device, and bytes moved by (from, to), in seconds for any number of tiles.
 
     The peak is that of a step in which batch norm learns its statistics or of one in which it keeps
-    them, whichever is larger. Of several processes that share an image it is the first one, which
-    has the most tiles.
+    them, whichever is larger. Of several processes that share an image it is the one whose tiles
+    have the most pixels.
     """
     peak, moved = Counter(), Counter()
-    with first_of_processes(config["image_processes"]):
+    with fullest_process(config):
         for frozen in (False, True):
             if frozen and config["recompute"]:
                 continue  # one tile at a time in both kinds of steps
@@ -123,11 +124,17 @@ def predict(config: dict) -> tuple[Counter, Counter]:
 
 
 @contextmanager
-def first_of_processes(count: int):
-    """Inside, this is the first of so many processes that share an image. PyTorch's "fake" backend stands for the
-    others: it does not exchange anything."""
+def fullest_process(config: dict):
+    """Inside, this is that of the processes that share an image whose tiles have the most pixels. PyTorch's "fake"
+    backend stands for the others: it does not exchange anything."""
+    count = config["image_processes"]
     if count > 1:
-        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=count)
+        pixels = [0] * count
+        tiling = build_tiling(config, config["image_size"])
+        for i, (top, bottom, left, right) in enumerate(tiling.halos):
+            pixels[i % count] += (bottom - top) * (right - left)  # as in own_tiles of support/processes.py
+        rank = pixels.index(max(pixels))
+        dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=count)
         processes.share_images(count)
     try:
         yield
@@ -225,6 +232,8 @@ def changes_that_save_memory(config: dict) -> list[tuple[str, dict]]:
     """Options as text, and what they change in the configuration. Those that cost least time come first."""
     rows, columns = config["grid"]
     changes = []
+    if config["batch_size"] > 1:
+        changes.append(("--batch-size 1", {"batch_size": 1}))
     if not config["recompute"]:
         changes.append(("--recompute", {"recompute": True}))
     for gpus in (2, 4, 8, 16, 32, 64):
@@ -234,7 +243,7 @@ def changes_that_save_memory(config: dict) -> list[tuple[str, dict]]:
         grid = factor * rows, factor * columns
         changes.append((f"--grid {grid[0]}x{grid[1]} --recompute", {"grid": grid, "recompute": True}))
     if config["batch_size"] > 1:
-        for options, change in list(changes):
+        for options, change in changes[1:]:
             changes.append((f"{options} --batch-size 1", {**change, "batch_size": 1}))
     return changes
 
@@ -263,7 +272,7 @@ def print_step(config: dict, peak: Counter, moved: Counter):
     tiling = build_tiling(config, config["image_size"])
     line = f"One training step, {len(tiling)} tiles, batch {config['batch_size']}"
     if config["image_processes"] > 1:
-        line += f", the first of {config['image_processes']} processes that share an image"
+        line += f", the fullest of {config['image_processes']} processes that share an image"
     if config["recompute"]:
         line += ", recompute"
     if config["amp"]:
@@ -288,7 +297,7 @@ def print_step(config: dict, peak: Counter, moved: Counter):
 def print_what_fits(config: dict, gib: float, needed: int):
     """gib: memory of a GPU; needed: bytes of the step on the fullest one."""
     memory = (gib - RESERVE) * 2**30
-    print(f"Of {gib:g} GiB, {RESERVE} are left for CUDA itself.")
+    print(f"Of {gib:g} GiB, {RESERVE} is set aside for CUDA itself, so {gib - RESERVE:g} remain.")
     if needed > memory:
         ways = " or ".join(what_fits(config, memory)) or "nothing that is known here; take a smaller image or --width"
         print(f"This needs more. What would fit: {ways}")
@@ -319,8 +328,8 @@ def describe_images(config: dict):
         config["channels"] = image.shape[2]
         config["dtype"] = str(image.dtype)
         config["classes"] = len(class_names(root) or range(config["classes"]))
-        config["batch_size"] = min(config["batch_size"], len(images))
-    check_sizes(config, {config["image_size"]: "--image-size"})
+        if config["crop"] is None:
+            config["batch_size"] = min(config["batch_size"], len(images))
     weights = config["class_weights"] or ["balanced"]
     if weights != ["balanced"] and len(weights) != config["classes"]:
         raise UserError(f"--class-weights: {len(weights)} numbers, but there are {config['classes']} classes")
@@ -338,6 +347,8 @@ def main(arguments: list[str] | None = None):
         if config["run"]:
             of_run, _, _ = open_run(Path(config["run"]))
             for option in options_given(arguments):
+                if option not in WITH_RUN:
+                    raise UserError(f"{option}: --run has its own; beside it can stand {', '.join(WITH_RUN)}")
                 name = option.removeprefix("--no-").removeprefix("--").replace("-", "_")
                 of_run[name] = config[name]
             config = of_run
@@ -345,7 +356,10 @@ def main(arguments: list[str] | None = None):
             config["batch_size"] = min(config["batch_size"], sum(windows))
         else:
             describe_images(config)
-    config["gpus"] = max(config["gpus"], 1)
+        config["gpus"] = max(config["gpus"], 1)
+        check_sizes(config, {tuple(config["image_size"]): "the image"})
+        if config["image_processes"] > math.prod(config["grid"]):
+            raise UserError(f"--image-processes {config['image_processes']}: there are fewer tiles; take a finer --grid")
 
     peak, moved = predict(config)
     print_step(config, peak, moved)

@@ -75,10 +75,12 @@ def pairs_in(folder: Path) -> list[Pair]:
     """The pairs of a split. DataError: there are none, or one of a pair is missing."""
     images = find_files(folder / "images")
     masks = find_files(folder / "masks")
-    alone = images.keys() ^ masks.keys()
-    if alone or not images:
+    without_mask = sorted(images.keys() - masks.keys())
+    without_image = sorted(masks.keys() - images.keys())
+    if without_mask or without_image or not images:
         raise DataError(f"{folder}: there must be images ({', '.join(PICTURES)}, .npy) in its folder images, and for each a "
-                        f"mask of the same name in masks; these are alone: {sorted(alone)[:3]}")
+                        f"mask of the same name in masks; {len(without_mask)} images have no mask {without_mask[:3]}, and "
+                        f"{len(without_image)} masks no image {without_image[:3]}")
     return [(images[name], masks[name]) for name in images]
 
 
@@ -139,7 +141,7 @@ class ImageFolder(Dataset):
     def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
         """DataError: they cannot be read, or are not of the same size."""
         image, mask = self.read(i)
-        return torch.from_numpy(image).permute(2, 0, 1), torch.from_numpy(mask)
+        return torch.from_numpy(image).permute(2, 0, 1), torch.from_numpy(mask).byte()
 
     def read(self, i: int) -> tuple[np.ndarray, np.ndarray]:
         """The image (H,W,C) and the mask (H,W)."""

@@ -31,6 +31,7 @@ READ_EXACTLY = {  # in the words of Pillow: the mode of a picture, and how the f
 ORIENTATION = 0x0112  # in the data of a camera (EXIF): how it was held
 WHITE = {"uint8": 255, "uint16": 65535}  # in other types it is 1
 FAR = 10  # standard deviations from the mean
+AS_ARRAY = ("save it as .npy: numpy.save('NAME.npy', array), where a TIFF gives array = tifffile.imread('NAME.tif')")
 BLOCK = 2**20  # numbers that are looked at together
 Image.MAX_IMAGE_PIXELS = None  # large images are what this project is for
 
@@ -68,15 +69,14 @@ def read(path: Path, is_mask: bool) -> np.ndarray:
     except MemoryError:
         raise
     except Exception as error:  # a damaged file fails in as many ways as there are places in it
-        raise DataError(f"{path}: cannot be read ({error}); replace it, or save it as .npy: numpy.save('NAME.npy', array), "
-                        "where a TIFF gives array = tifffile.imread('NAME.tif')") from None
+        raise DataError(f"{path}: cannot be read ({error}); replace it, or do without it") from None
     return array.astype(array.dtype.newbyteorder("="), copy=False)  # PyTorch knows no other order of bytes
 
 
 def open_array(path: Path) -> np.ndarray:
     """The array of an .npy file, mapped into memory. ValueError: it is no image."""
     array = np.load(path, mmap_mode="c")  # "c": changes, which torch asks to be possible, would not reach the file
-    if array.ndim not in (2, 3) or not np.can_cast(array.dtype, np.float64):
+    if array.ndim not in (2, 3) or array.size == 0 or not np.can_cast(array.dtype, np.float64):
         raise ValueError(f"an array of {array.dtype} and shape {array.shape}, but (H,W) or (H,W,C) numbers of at most 64 "
                          "bits were expected")
     return array
@@ -101,20 +101,22 @@ def read_picture(path: Path, is_mask: bool) -> np.ndarray:
         return np.array(picture)
     lowest, highest = picture.getchannel("A").getextrema()
     if lowest < highest:
-        raise ValueError("its last band, transparency or infrared, is not the same everywhere and would be lost")
+        raise ValueError(f"its last band, transparency or infrared, is not the same everywhere and would be lost; {AS_ARRAY}")
     return np.array(picture)[..., :-1]
 
 
 def check_kind(picture: Image.Image, is_mask: bool):
     """ValueError: Pillow is not known to read such a picture as it is, or it is a mask in JPEG."""
+    if getattr(picture, "n_frames", 1) > 1 and picture.format == "PNG":
+        raise ValueError(f"an animation; {AS_ARRAY}")
     decoder, _, _, arguments = picture.tile[0]
     stored = arguments if isinstance(arguments, str) else arguments[0]
     kind = f"{picture.mode}:{stored}"
     known = READ_EXACTLY.get(picture.format, "")
     if kind not in known.split() or decoder.startswith("ppm"):  # "ppm" changes the numbers
-        raise ValueError(f"it is not known that Pillow reads a {picture.format} of the kind {kind} as it is")
+        raise ValueError(f"it is not known that Pillow reads a {picture.format} of the kind {kind} as it is; {AS_ARRAY}")
     if is_mask and "jpeg" in (decoder, picture.info.get("compression")):  # the latter inside a TIFF
-        raise ValueError("JPEG changes the numbers of a mask")
+        raise ValueError("JPEG changes the numbers of a mask; save it from where it was made, as PNG")
 
 
 def check_tiff(picture: Image.Image, bytes_of_file: int):
@@ -133,7 +135,7 @@ def check_tiff(picture: Image.Image, bytes_of_file: int):
     is_turned = tags.get("Orientation", 1) != 1
     has_signed_bytes = picture.mode == "L" and 2 in tags.get("SampleFormat", ())
     if not is_whole or is_stack or is_volume or is_turned or has_signed_bytes:
-        raise ValueError("a TIFF of several pages or planes, with gaps, turned, or of bytes with a sign")
+        raise ValueError(f"a TIFF of several pages or planes, with gaps, turned, or of bytes with a sign; {AS_ARRAY}")
 
 
 def read_header(path: Path) -> tuple[bool, list[list[int]]]:
@@ -141,7 +143,7 @@ def read_header(path: Path) -> tuple[bool, list[list[int]]]:
     if path.suffix.lower() == ".npy":
         return False, []
     with Image.open(path) as picture:
-        turned = "exif" in picture.info and picture.getexif().get(ORIENTATION, 1) != 1
+        turned = picture.getexif().get(ORIENTATION, 1) != 1
         palette = picture.getpalette() if picture.mode == "P" else []
     return turned, np.reshape(palette, (-1, 3)).tolist()
 
@@ -162,10 +164,13 @@ def normalise(tile: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tens
     number outweighs all others: nan becomes 0, and what is more than 10 deviations away, such as
     -9999 where nothing was measured, becomes 10 or -10.
     """
-    x = tile.to(torch.get_default_dtype()) / white(tile)
+    exact = torch.get_default_dtype()
+    if tile.element_size() > 2:
+        exact = torch.float64  # as float32 would round large numbers before the mean is subtracted
+    x = tile.to(exact) / white(tile)
     for channel in range(x.shape[1]):
         x[:, channel].sub_(mean[channel]).div_(std[channel])
-    return x.nan_to_num_(nan=0).clamp_(-FAR, FAR)
+    return x.nan_to_num_(nan=0).clamp_(-FAR, FAR).to(torch.get_default_dtype())
 
 
 def sums(image: np.ndarray, mask: np.ndarray | int, shift: Sequence[float]) -> np.ndarray:
@@ -197,20 +202,25 @@ def check_values(image: np.ndarray, name: Path | str, config: dict) -> str | Non
     """A line if the numbers of an image (H,W,C) are not such as the network was trained on, else None.
 
     They are not if a channel holds nan or inf; if its mean is more than 10 deviations of training away,
-    as with 0 to 255 instead of 0 to 1; or if all deviations are under a hundredth, as with 0 to 1
-    instead of 0 to 255, but not 0, as in a picture of nothing but water. config: of the network; its
-    dtype is None after training on synthetic images, which any finite numbers may follow.
+    as with 0 to 255 instead of 0 to 1; or if all deviations are under a tenth, as with 0 to 1 instead
+    of 0 to 255, or one is over ten times, but not 0, as in a picture of nothing but water. config: of
+    the network; its dtype is None after training on synthetic images, which any finite numbers may
+    follow.
     """
     trained = config["mean"]
     found = sums(image, 0, trained)
     mean, std = mean_and_std(found, trained)
     away = np.abs(mean - trained) / config["std"]
     ratio = (std / config["std"]).max()
-    is_far = away.max() > FAR or 0 < ratio < 0.01
-    if is_far and config["dtype"] is not None or found[0].sum() < image.size:
+    if found[0].sum() < image.size:
+        return f"{name}: holds nan or inf; nan is taken as the mean of the training images"
+    is_far = away.max() > FAR or 0 < ratio < 1 / FAR or ratio > FAR
+    if is_far and config["dtype"] is not None:
         i = away.argmax()
-        return (f"{name}: holds nan or inf, or numbers far from those of training: in channel {i} the mean is "
-                f"{mean[i]:.4g} (where white is 1) and was {trained[i]:.4g}; bring the numbers to the same units")
+        scale = white(image)
+        return (f"{name}: numbers far from those of training: in channel {i} the mean is {scale * mean[i]:.4g} and the "
+                f"deviation {scale * std[i]:.4g}, where they were {scale * trained[i]:.4g} and "
+                f"{scale * config['std'][i]:.4g}; bring the numbers to the same units")
     return None
 
 
@@ -221,7 +231,7 @@ def count_pixels(mask: np.ndarray, path: Path, classes: int) -> Counter:
     pixels = Counter()
     for block in np.array_split(mask, mask.size // BLOCK + 1):
         values, counts = np.unique(block, return_counts=True)
-        pixels.update(dict(zip(values.tolist(), counts.tolist())))
+        pixels.update(dict(zip(values.astype(int).tolist(), counts.tolist())))
     wrong = pixels.keys() - {*range(classes), IGNORE}
     if wrong:
         raise DataError(f"{path}: holds the value {max(wrong)}, but a mask holds the classes 0 to {classes - 1}, and "

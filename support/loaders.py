@@ -6,6 +6,7 @@ the image alone. The number of workers and the number of processes change nothin
 
 import math
 import os
+import signal
 import tempfile
 from collections.abc import Iterator
 
@@ -126,6 +127,18 @@ def make_loaders(datasets: dict[str, Dataset], config: dict) -> dict[str, DataLo
         batch_size = config["batch_size"] if synthetic else 1  # images to evaluate may have several sizes
         loaders[split] = DataLoader(images, batch_size, sampler=mine, collate_fn=collate)
     return loaders
+
+
+def start(loader: DataLoader) -> Iterator[tuple[Tensor, Tensor]]:
+    """The batches of a loader. While its workers are started, Ctrl-C waits, as Python would lose it then. The workers go
+    on like this: they leave Ctrl-C to the process that trains."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        return iter(loader)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        return iter(loader)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def number_of_workers(config: dict, images: Dataset) -> int:

@@ -224,7 +224,7 @@ def plan_parser() -> Parser:
     """The options of plan.py."""
     parser = new_parser("Predict the peak memory of each GPU in a training step of train.py, without a GPU.")
     option = parser.add_argument_group("what to predict").add_argument
-    option("--memory", type=number(0.1, float), metavar="GIB", help="memory of a GPU, to be told also what would fit "
+    option("--memory", type=number(2, float), metavar="GIB", help="memory of a GPU, to be told also what would fit "
            "into it")
     option("--run", metavar="RUN", help="folder of a run of train.py, whose options are taken where they are not given "
            "here")

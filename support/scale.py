@@ -35,7 +35,7 @@ def forward_in_groups(model: DecomposedUNet, load_tile: Callable, tiling: Tiling
     """
     encoder = MultiDeviceModule(model.encoder, devices)
     decoder = MultiDeviceModule(model.decoder, devices)
-    seeds = draw_seeds(tiling)
+    seeds = draw_seeds(model, tiling)
     tiles = {}
     for i in processes.own_tiles(len(tiling)):
         tiles[i] = load_tile(i)
@@ -69,12 +69,14 @@ def forward_in_groups(model: DecomposedUNet, load_tile: Callable, tiling: Tiling
 
 
 MANY_PIXELS = 2**20  # in one call: more would not be faster
+FEW_PIXELS = 2**17  # whose memory does not matter
 
 
 def group_tiles(tiles: dict[int, Tensor], stack: bool) -> list[list[int]]:
     """The numbers of the tiles that are computed in one call. stack: whether it may be more than one.
 
-    At most half of the tiles of a device, since what is needed only during a call grows with its tiles.
+    At most half of the tiles of a device, unless they are few pixels, since what is needed only during a call grows
+    with its tiles.
     """
     if not stack:
         return [[i] for i in tiles]
@@ -84,8 +86,9 @@ def group_tiles(tiles: dict[int, Tensor], stack: bool) -> list[list[int]]:
     groups = []
     for (_, shape), numbers in alike.items():
         batch, _, height, width = shape
-        most = min(MANY_PIXELS // (batch * height * width), math.ceil(len(numbers) / 2))
-        size = max(most, 1)
+        pixels = batch * height * width
+        size = max(math.ceil(len(numbers) / 2), FEW_PIXELS // pixels)
+        size = max(min(size, MANY_PIXELS // pixels), 1)
         for start in range(0, len(numbers), size):
             groups.append(numbers[start:start + size])
     return groups
@@ -117,7 +120,7 @@ def forward_with_recompute(model: DecomposedUNet, load_tile: Callable, tiling: T
     """
     encoder = MultiDeviceModule(model.encoder, devices)
     decoder = MultiDeviceModule(model.decoder, devices)
-    seeds = draw_seeds(tiling)
+    seeds = draw_seeds(model, tiling)
     own_tiles = processes.own_tiles(len(tiling))
 
     def encode_to_send(i: int) -> Tensor:
@@ -193,8 +196,10 @@ def update_buffers(module: MultiDeviceModule, tiling: Tiling):
 LOCK = threading.Lock()
 
 
-def draw_seeds(tiling: Tiling) -> list[int]:
-    """A seed for the dropout of each tile."""
+def draw_seeds(model: DecomposedUNet, tiling: Tiling) -> list[int]:
+    """A seed for the dropout of each tile. In evaluation nothing is drawn, so that training does not depend on it."""
+    if not model.training:
+        return [0] * len(tiling)
     return torch.randint(2**62, (len(tiling),)).tolist()
 
 

@@ -1,6 +1,5 @@
 """`--amp` computes in bfloat16 what float32 would give up to rounding; weights, statistics, sums stay in float32."""
 
-import numpy as np
 import pytest
 import torch
 from conftest import CONFIG, CPU, assert_all_close, gradients_of, random_batch, training_step

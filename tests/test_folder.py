@@ -237,8 +237,8 @@ def cut_off_the_end_of_the_image(image, mask):
 
 
 @pytest.mark.parametrize("spoil, message", [
-    (delete_all_images, "for each a mask of the same name in masks; these are alone: ['0', '1', '2']"),
-    (delete_the_mask, "for each a mask of the same name in masks; these are alone: ['3']"),
+    (delete_all_images, "masks no image ['0', '1', '2']"),
+    (delete_the_mask, "for each a mask of the same name in masks; 1 images have no mask ['3'], and 0 masks no image []"),
     (rename_the_folder, "there must be images"),
     (add_an_image_of_the_same_name, "has the same name; keep one of the two"),
     (cut_off_the_end_of_the_image, "3.png: cannot be read"),

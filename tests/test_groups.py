@@ -76,7 +76,7 @@ def test_tiles_on_two_devices_are_stacked_on_each(monkeypatch):
     tiling = Tiling((32, 32), (4, 2), 4)
     with PretendDevice():
         two = frozen_step(tiling, devices=(CPU, DEVICE))
-    assert sizes == [[2, 2, 2, 2], [2, 2, 2, 2]]  # half of each device's tiles; without and with gradients
+    assert sizes == [[4, 4], [4, 4]]  # of each device; without and with gradients
     one = frozen_step(tiling)
     assert_all_close(two, one, tolerance=1e-12)
 
@@ -86,11 +86,12 @@ def groups_of(size, grid, stack=True):
     return scale.group_tiles(tiles, stack)
 
 
-def test_a_group_has_tiles_of_one_size_half_of_them_and_a_million_pixels_at_most():
-    assert groups_of((16, 64), (2, 4)) == [[0, 1, 2, 3], [4, 5, 6, 7]]
+def test_a_group_has_tiles_of_one_size_and_unless_they_are_small_half_of_them_and_a_million_pixels_at_most():
+    assert groups_of((16, 64), (2, 4)) == [[0, 1, 2, 3, 4, 5, 6, 7]]
     assert groups_of((16, 64), (2, 4), stack=False) == [[0], [1], [2], [3], [4], [5], [6], [7]]
-    assert groups_of((12, 56), (1, 4)) == [[0], [1], [2], [3]]  # two of each size
-    assert groups_of((12, 28), (1, 5)) == [[0], [1], [2, 3], [4]]  # two of 8 columns, three of 4
+    assert groups_of((12, 56), (1, 4)) == [[0, 1], [2, 3]]  # two of each size
+    assert groups_of((512, 1024), (2, 4)) == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert groups_of((512, 1280), (1, 5)) == [[0, 1, 2], [3, 4]]
     assert groups_of((512, 8192), (1, 16)) == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11], [12, 13, 14, 15]]
     assert groups_of((2048, 4096), (1, 2)) == [[0], [1]]
 

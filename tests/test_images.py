@@ -322,7 +322,9 @@ def test_a_picture_that_would_not_be_read_as_it_is_is_refused_in_one_line(read, 
         read(tmp_path / "a.pgm")
     message = str(refused.value)
     assert message.startswith(f"{tmp_path / 'a.pgm'}: cannot be read (")
-    assert message.endswith("where a TIFF gives array = tifffile.imread('NAME.tif')")
+    assert message.endswith("; replace it, or do without it")
+    is_valid = save_some not in (save_text, save_a_half, save_a_broken_exif_tag)
+    assert ("save it as .npy" in message) == is_valid
     assert "\n" not in message
 
 
@@ -481,7 +483,9 @@ OTHER_UNITS = "bring the numbers to the same units"
     (scene(), None),
     (brighter(), None),
     (np.full_like(scene(), 255), None),
-    (without_data(), OTHER_UNITS),
+    (without_data(), "nan is taken as the mean of the training images"),
+    (scene() * 0.05, OTHER_UNITS),
+    ((scene() - TRAINED["mean"]) * 11 + TRAINED["mean"], OTHER_UNITS),
     (scene() * 257, OTHER_UNITS),
     (scene() / 255, OTHER_UNITS),
     (scene() + [0, 1000], OTHER_UNITS),
@@ -493,3 +497,18 @@ def test_an_image_in_other_units_than_those_of_training_is_told(image, said):
     else:
         assert line.startswith("a.npy: ") and line.endswith(said)
         assert "\n" not in line
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.float64])
+def test_large_numbers_are_not_rounded_before_the_mean_is_subtracted(dtype):
+    numbers = 100_000_000 + np.arange(10)
+    image = torch.from_numpy(numbers.astype(dtype)).view(1, 1, 1, 10)
+    x = normalise(image, [100_000_000.0], [2.0])
+    torch.testing.assert_close(x.flatten(), torch.arange(10) / 2)
+
+
+def test_an_animation_is_refused_and_not_its_first_picture_taken(tmp_path):
+    pictures = [Image.fromarray(GREY), Image.fromarray(GREY + 1)]
+    pictures[0].save(tmp_path / "a.png", save_all=True, append_images=pictures[1:])
+    with pytest.raises(DataError, match="an animation; save it as .npy"):
+        read_image(tmp_path / "a.png")

@@ -198,3 +198,13 @@ def test_there_is_a_worker_for_each_core_but_at_most_four_and_none_for_synthetic
 def test_there_is_none_where_a_long_path_of_tmpdir_would_let_it_wait_for_ever(monkeypatch):
     monkeypatch.setattr(tempfile, "gettempdir", lambda: 80 * "t")
     assert number_of_workers({**CONFIG, "workers": 2}, None) == 0
+
+
+def test_an_item_that_does_not_count_has_no_pixel_that_does_whatever_the_type_of_its_mask(tmp_path):
+    save(tmp_path / "image.png", np.zeros((4, 4), np.uint8))
+    save(tmp_path / "mask.npy", np.eye(4, dtype=bool))
+    images = Augmented(ImageFolder([(tmp_path / "image.png", tmp_path / "mask.npy")]), [1], None, False, seed=0)
+    _, mask = images[1, 0, True]
+    assert torch.equal(mask, torch.eye(4, dtype=torch.uint8))
+    _, mask = images[1, 0, False]
+    assert (mask == 255).all()

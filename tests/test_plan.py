@@ -162,11 +162,11 @@ def test_what_two_gpus_exchange_is_weights_statistics_coarse_maps_and_sums():
     assert moved["cpu:2", "cpu:1"] == parameters + statistics + 2 * coarse_map + sums
 
 
-def test_of_several_processes_it_is_the_first():
-    config = configuration("--gpus 1 --grid 1x3 --image-size 64x192 --image-processes 2")
+def test_of_several_processes_it_is_the_one_whose_tiles_have_the_most_pixels():
+    """Of three tiles in a row, the one in the middle has two neighbours to overlap with."""
+    config = configuration("--gpus 1 --grid 1x3 --image-size 64x192 --overlap 16 --image-processes 3")
     _, moved = plan.predict(config)
-    pixels = 64 * 64
-    assert moved["cpu", "cpu:1"] == 2 * (4 + 1) * pixels  # two tiles of three, images and masks
+    assert moved["cpu", "cpu:1"] == 4 * 64 * (64 + 2 * 16) + 64 * 64  # its image with its overlap, its mask without
 
 
 # What fits
@@ -231,16 +231,16 @@ def no_image(config, memory):
 
 def test_every_gpu_is_told_and_what_the_host_holds_needs_no_memory_of_one(monkeypatch, capsys):
     def much_on_the_host(config):
-        return Counter({"cpu": 100 * 2**30, "cpu:1": 2**30, "cpu:2": 2**29}), Counter()
+        return Counter({"cpu": 100 * 2**30, "cpu:1": 1.5 * 2**30, "cpu:2": 2**29}), Counter()
 
     monkeypatch.setattr(plan, "predict", much_on_the_host)
     monkeypatch.setattr(plan, "largest_image", no_image)
     plan.main("--gpus 2 --memory 3".split())
     told = capsys.readouterr().out
-    assert "GPU 0: peak    1,024.0 MiB" in told
+    assert "GPU 0: peak    1,536.0 MiB" in told
     assert "GPU 1: peak      512.0 MiB" in told
     assert "This needs more" not in told
-    plan.main("--gpus 2 --memory 1.9".split())
+    plan.main("--gpus 2 --memory 2".split())
     assert "This needs more. What would fit: nothing that is known here" in capsys.readouterr().out
 
 
@@ -262,6 +262,9 @@ def test_it_takes_a_run_and_what_is_given_beside_it_replaces_its_options(tmp_pat
     told = capsys.readouterr().out
     assert "6 tiles, batch 1, bfloat16:" in told
     assert "GPU 2: peak" in told
+    with pytest.raises(SystemExit, match="2"):
+        plan.main(["--run", out, "--channels", "4"])
+    assert "--channels: --run has its own; beside it can stand" in capsys.readouterr().err
 
 
 def test_who_runs_out_of_memory_is_told_whom_to_ask(tmp_path, monkeypatch, capsys):

@@ -106,7 +106,17 @@ def test_dropout_leaves_out_the_same_channels_whenever_a_tile_is_encoded():
     first.reverse()  # the backward pass goes from the last tile to the first
     assert_all_close(encoder.seen[8:], first * 2, tolerance=0)
     assert not torch.equal(first[0] == 0, first[1] == 0)  # each tile leaves out channels of its own
-    assert scale.draw_seeds(tiling) != scale.draw_seeds(tiling)  # and other ones in each step
+    assert scale.draw_seeds(model, tiling) != scale.draw_seeds(model, tiling)  # and other ones in each step
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_an_evaluation_draws_no_random_numbers_so_that_training_does_not_depend_on_its_tiles(recompute):
+    config = {**CONFIG, "dropout": 0.3, "recompute": recompute, "image_size": (16, 16), "grid": (2, 2), "overlap": 0}
+    batch = random_batch(1, (16, 16))
+    model = build_from_config(config)
+    state = torch.get_rng_state()
+    train.evaluate(model, [batch], config, [CPU])
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 # Memory
