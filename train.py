@@ -80,9 +80,9 @@ def run_tiles(model: DecomposedUNet, images: Tensor, tiling: Tiling, devices: li
     # In bfloat16 where the user wants it. The cache of autocast would keep one bfloat16 copy of each weight for all
     # tiles, so that their gradients would be added up in bfloat16, in which small ones are lost.
     with torch.autocast(devices[0].type, torch.bfloat16, enabled=config["amp"], cache_enabled=False):
-        if config["recompute"]:
+        if config["recompute"]:  # with the activations of one tile at a time
             return scale.forward_with_recompute(model, load_tile, tiling, devices, reduce_tile)
-        if scale.can_stack(model) or processes.image_processes > 1:
+        if scale.can_stack(model) or processes.image_processes > 1:  # several tiles in one call, or a part of them
             return scale.forward_in_groups(model, load_tile, tiling, devices, reduce_tile)
         tiles = [load_tile(i) for i in range(len(tiling))]
         reduced = []
