@@ -15,8 +15,8 @@ Letters, here and in every file: B images in a batch, C channels, H W image, h w
 (rows x columns, tiles always row-major in a list), K communicated channels, D depth, L classes. A
 cell is one pixel of a coarse map, which is 2^D x 2^D pixels of the image.
 
-Source: Verburg, Heinlein, Cyr, "DDU-Net" (arXiv 2407.21266). There are two departures from it: one
-set of weights instead of a replica on every device, and running statistics of batch norm that are
+Source: Verburg, Heinlein, Cyr, "DDU-Net" (arXiv 2407.21266). There are two departures from it in this
+file: one set of weights instead of a replica on every device, and running statistics of batch norm that are
 the mean over all tiles. This file imports nothing but torch: copy it.
 """
 
@@ -112,8 +112,8 @@ class Tiling:
         return tile[..., top - halo_top:bottom - halo_top, left - halo_left:right - halo_left]
 
     def paste(self, i: int, tile: Tensor, image: Tensor):
-        """Writes tile i (...,h,w) without overlap to its place in the image (...,H,W), on any device. Where the image
-        is too large to be stitched at once, its tiles can be pasted one by one."""
+        """Writes tile i (...,h,w) without overlap to its place in the image (...,H,W). The two may lie on different
+        devices. Where the image is too large to be stitched at once, its tiles can be pasted one by one."""
         top, bottom, left, right = self.boxes[i]
         place = image[..., top:bottom, left:right]
         height, width = place.shape[-2:]
@@ -159,7 +159,8 @@ class DecomposedUNet(nn.Module):
     comm_channels: K, at most the channels of the coarse map.
 
     Tiles may lie on different devices, and encoder and decoder are computed where the tile lies. The
-    communication network is computed where its weights are: `model.comm_net.to("cuda:3")` moves it.
+    communication network is computed where its weights are, of which it needs at least one:
+    `model.comm_net.to("cuda:3")` moves it.
     ValueError: a communication network without channels, or channels without a network.
     """
 
@@ -277,8 +278,8 @@ class MultiDeviceModule:
             buffers = {name: buffer.clone() for name, buffer in buffers.items()}
             self.changed.append(buffers)
         # functional_call runs the module with these weights and buffers in place of its own. With its default,
-        # tie_weights=True, a layer that has two names would keep them after the call. (So two layers cannot share a
-        # single weight here.)
+        # tie_weights=True, a layer that has two names would keep the copies after the call. (The price: a weight that
+        # two layers share fails on a second device.)
         return functional_call(self.module, (self.weights[device], buffers), inputs, tie_weights=False)
 
     @torch.no_grad()

@@ -5,7 +5,7 @@
     python train.py --grid 1x1 --comm-channels 0          # the plain U-Net on the whole image
     python train.py --dataset folder --data DIR           # your own images and masks, see docs/own-images.md
     python train.py --resume runs/NAME                    # go on after the last completed epoch
-    torchrun --nproc-per-node 2 train.py --gpus 2         # in two processes, each with half of every batch
+    torchrun --nproc-per-node 2 train.py --gpus 2         # in two processes of two GPUs each, with half of every batch
 
 Every run leaves a folder with metrics.json, log.csv, best.pt, last.pt, curves.png and predictions.png.
 
@@ -95,8 +95,8 @@ def run_tiles(model: DecomposedUNet, images: Tensor, tiling: Tiling, devices: li
 
 def batch_loss(model: DecomposedUNet, images: Tensor, masks: Tensor, tiling: Tiling, devices: list,
                config: dict) -> Tensor:
-    """Images (B,C,H,W), masks (B,H,W) -> the loss, on the first device. Each tile gives its sums, and only these
-    travel."""
+    """Images (B,C,H,W), masks (B,H,W) -> the loss, on the first device. Of the logits of a tile, only the sums for
+    the loss travel."""
     mask_tiles = tiling.split(masks, overlap=False, fill=IGNORE)
 
     def sums_of_tile(i: int, logits: Tensor) -> Tensor:
@@ -128,8 +128,9 @@ def train_step(model: DecomposedUNet, images: Tensor, masks: Tensor, optimizer, 
 def freeze_step_of(config: dict, steps: int) -> int:
     """The step from which on batch norm is frozen, of so many steps: see set_training_mode.
 
-    By default after 0.3 of them, where the learning rate is at its peak; but not before 300 steps,
-    or half of them if there are fewer than 600. At least one step learns statistics.
+    By default after 0.3 of them, where the learning rate is at its peak, but at the earliest after
+    300 steps; and where that is more than half of all, after half of them. Of 600 steps, as in the
+    first command of the README, it is step 300. At least one step learns statistics.
     """
     part = config["freeze_batch_norm"]
     if part is None:

@@ -1,6 +1,7 @@
 """The forward pass of decompose.py for more: several tiles in one call, with less memory, or shared out among processes.
 
-Both functions compute what `model(tiles, tiling)` computes, with the methods of the model itself.
+`forward_in_groups` and `forward_with_recompute` compute what `model(tiles, tiling)` computes, with the methods of the
+model itself, up to rounding and the random numbers of dropout.
 They compute only the tiles of this process, which are all of them if there is one process.
 
     load_tile(i)            returns tile i (B,C,h,w) on its device
@@ -68,8 +69,8 @@ def forward_in_groups(model: DecomposedUNet, load_tile: Callable, tiling: Tiling
     return [reduced[i] for i in tiles]  # in the order of the tiles, whatever the groups are
 
 
-MANY_PIXELS = 2**20  # in one call: more would not be faster
-FEW_PIXELS = 2**17  # whose memory does not matter
+MANY_PIXELS = 2**20  # the most of one call: with more it would not be faster
+FEW_PIXELS = 2**17  # up to so many are always computed in one call, as the memory that they take does not matter
 
 
 def group_tiles(tiles: dict[int, Tensor], stack: bool) -> list[list[int]]:
@@ -97,7 +98,8 @@ def group_tiles(tiles: dict[int, Tensor], stack: bool) -> list[list[int]]:
 def can_stack(model: DecomposedUNet) -> bool:
     """Whether tiles can be stacked as one batch: no layer of encoder or decoder computes with its batch as a whole.
 
-    Those that do are layers with buffers in training mode, and norms that never keep statistics.
+    Those that do are layers with buffers in training mode, and batch norm that never keeps statistics. (Instance norm
+    is refused too, as it cannot be told from that.)
     """
     for half in (model.encoder, model.decoder):
         if learns_statistics(half):
@@ -115,7 +117,7 @@ def forward_with_recompute(model: DecomposedUNet, load_tile: Callable, tiling: T
     A first pass encodes each tile and keeps only what the tile sends. A second pass encodes it
     again, decodes it, and keeps only what reduce_tile returns. Both are under activation
     checkpointing: the backward pass calls them again, one tile after the other. So in all a tile is
-    encoded four times and decoded twice. What each tile has received stays in memory until then,
+    encoded four times and decoded twice in a training step with communication. What each tile has received stays in memory until then,
     and so do the activations of the communication network.
     """
     encoder = MultiDeviceModule(model.encoder, devices)
