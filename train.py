@@ -111,9 +111,8 @@ def batch_loss(model: DecomposedUNet, images: Tensor, masks: Tensor, tiling: Til
 
 # A training step
 
-def train_step(model: DecomposedUNet, images: Tensor, masks: Tensor, optimizer, schedule, config: dict,
-               devices: list) -> Tensor:
-    """Changes the weights once. Returns the loss of the batch."""
+def train_step(model, images: Tensor, masks: Tensor, optimizer, schedule, config: dict, devices: list) -> Tensor:
+    """Changes the weights once. Returns the loss of the batch. Shapes as in batch_loss."""
     optimizer.zero_grad()  # before the forward pass, or the old gradients would lie beside all activations
     tiling = build_tiling(config, images.shape[-2:])
     loss = batch_loss(model, images, masks, tiling, devices, config)
@@ -154,11 +153,14 @@ def set_training_mode(model: nn.Module, frozen: bool):
 
 def batch_norms(model: nn.Module) -> list[nn.BatchNorm2d]:
     """The layers of batch norm, if it has any."""
-    return [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    layers = []
+    for layer in model.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            layers.append(layer)
+    return layers
 
 
-def train_epoch(model: DecomposedUNet, loader, optimizer, schedule, config: dict, devices: list,
-                freeze_step: int) -> float:
+def train_epoch(model, loader, optimizer, schedule, config: dict, devices: list, freeze_step: int) -> float:
     """One pass over the training images. Returns the mean loss. Diverged: a loss is nan or infinite.
 
     freeze_step: the step, counted from 0 over all epochs, from which on batch norm is frozen.
@@ -180,7 +182,7 @@ def train_epoch(model: DecomposedUNet, loader, optimizer, schedule, config: dict
 # Validation
 
 @torch.no_grad()
-def evaluate(model: DecomposedUNet, loader, config: dict, devices: list) -> dict:
+def evaluate(model, loader, config: dict, devices: list) -> dict:
     """Loss and IoU of a split. They are taken over all its pixels at once, and not averaged over images."""
     model.eval()
     classes = len(config["classes"])
@@ -267,8 +269,7 @@ def train(config: dict, devices: list, out: Path, state: dict) -> dict:
 
 
 @torch.no_grad()
-def predict_some(model: DecomposedUNet, dataset, config: dict, devices: list,
-                 count: int = 4) -> tuple[dict[str, list[Tensor]], list]:
+def predict_some(model, dataset, config: dict, devices: list, count: int = 4) -> tuple[dict, list]:
     """The first images of a data set, their true masks and their predictions, reduced to the size
     of a picture; and the boxes of the tiles in these pictures."""
     model.eval()
