@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+
 class Tiling:
     """How an image is cut into tiles.
 

@@ -41,7 +41,7 @@ from support.model import build_from_config
 from support.run import open_run
 from support.sizes import build_tiling, check_sizes
 
-WITH_RUN = ("--run", "--memory", "--gpus", "--grid", "--batch-size", "--recompute", "--amp", "--no-amp")
+WITH_RUN = ("--memory", "--gpus", "--grid", "--batch-size", "--image-processes", "--recompute", "--amp", "--no-amp")
 RESERVE = 1  # GiB of a GPU that are left for CUDA itself and the workspaces of its kernels
 
 
@@ -347,6 +347,8 @@ def main(arguments: list[str] | None = None):
         if config["run"]:
             of_run, _, _ = open_run(Path(config["run"]))
             for option in options_given(arguments):
+                if option == "--run":
+                    continue
                 if option not in WITH_RUN:
                     raise UserError(f"{option}: --run has its own; beside it can stand {', '.join(WITH_RUN)}")
                 name = option.removeprefix("--no-").removeprefix("--").replace("-", "_")

@@ -141,7 +141,7 @@ class ImageFolder(Dataset):
     def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
         """DataError: they cannot be read, or are not of the same size."""
         image, mask = self.read(i)
-        return torch.from_numpy(image).permute(2, 0, 1), torch.from_numpy(mask).byte()
+        return torch.from_numpy(image).permute(2, 0, 1), torch.from_numpy(mask)
 
     def read(self, i: int) -> tuple[np.ndarray, np.ndarray]:
         """The image (H,W,C) and the mask (H,W)."""

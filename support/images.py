@@ -69,7 +69,7 @@ def read(path: Path, is_mask: bool) -> np.ndarray:
     except MemoryError:
         raise
     except Exception as error:  # a damaged file fails in as many ways as there are places in it
-        raise DataError(f"{path}: cannot be read ({error}); replace it, or do without it") from None
+        raise DataError(f"{path}: cannot be read ({error})") from None
     return array.astype(array.dtype.newbyteorder("="), copy=False)  # PyTorch knows no other order of bytes
 
 
@@ -143,7 +143,8 @@ def read_header(path: Path) -> tuple[bool, list[list[int]]]:
     if path.suffix.lower() == ".npy":
         return False, []
     with Image.open(path) as picture:
-        turned = picture.getexif().get(ORIENTATION, 1) != 1
+        has_orientation = picture.format != "PNG" or "exif" in picture.info or "XML:com.adobe.xmp" in picture.info
+        turned = has_orientation and picture.getexif().get(ORIENTATION, 1) != 1  # of a PNG without, it would read all
         palette = picture.getpalette() if picture.mode == "P" else []
     return turned, np.reshape(palette, (-1, 3)).tolist()
 
@@ -211,16 +212,16 @@ def check_values(image: np.ndarray, name: Path | str, config: dict) -> str | Non
     found = sums(image, 0, trained)
     mean, std = mean_and_std(found, trained)
     away = np.abs(mean - trained) / config["std"]
-    ratio = (std / config["std"]).max()
-    if found[0].sum() < image.size:
-        return f"{name}: holds nan or inf; nan is taken as the mean of the training images"
-    is_far = away.max() > FAR or 0 < ratio < 1 / FAR or ratio > FAR
+    ratios = std / config["std"]
+    is_far = away.max() > FAR or 0 < ratios.max() < 1 / FAR or ratios.max() > FAR
     if is_far and config["dtype"] is not None:
-        i = away.argmax()
+        i = away.argmax() if away.max() > FAR else ratios.argmax()
         scale = white(image)
         return (f"{name}: numbers far from those of training: in channel {i} the mean is {scale * mean[i]:.4g} and the "
                 f"deviation {scale * std[i]:.4g}, where they were {scale * trained[i]:.4g} and "
                 f"{scale * config['std'][i]:.4g}; bring the numbers to the same units")
+    if found[0].sum() < image.size:
+        return f"{name}: holds nan or inf; nan is taken as the mean of the training images, inf as 10 deviations"
     return None
 
 

@@ -44,7 +44,7 @@ class Augmented(Dataset):
         epoch, i, counts = item
         image, mask = self.images[self.items[i]]
         if not counts:
-            mask = torch.full_like(mask, IGNORE)
+            mask = torch.full(mask.shape, IGNORE, dtype=torch.uint8)
         if self.crop is None and not self.augment:  # what is mapped is not read
             return image, mask
         rng = np.random.default_rng((self.seed, epoch, i))
@@ -130,15 +130,23 @@ def make_loaders(datasets: dict[str, Dataset], config: dict) -> dict[str, DataLo
 
 
 def start(loader: DataLoader) -> Iterator[tuple[Tensor, Tensor]]:
-    """The batches of a loader. While its workers are started, Ctrl-C waits, as Python would lose it then. The workers go
-    on like this: they leave Ctrl-C to the process that trains."""
-    if not hasattr(signal, "pthread_sigmask"):  # Windows
+    """The batches of a loader. While its workers are started, Ctrl-C waits, as Python could lose it then. To the workers
+    it means nothing: they leave it to the process that trains."""
+    if loader.num_workers == 0:
         return iter(loader)
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    pressed = []
+
+    def note(*signal_and_frame):
+        pressed.append(True)
+
+    before = signal.signal(signal.SIGINT, note)  # which the workers inherit
     try:
-        return iter(loader)
+        batches = iter(loader)
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        signal.signal(signal.SIGINT, before)
+    if pressed:
+        signal.raise_signal(signal.SIGINT)
+    return batches
 
 
 def number_of_workers(config: dict, images: Dataset) -> int:

@@ -322,7 +322,6 @@ def test_a_picture_that_would_not_be_read_as_it_is_is_refused_in_one_line(read, 
         read(tmp_path / "a.pgm")
     message = str(refused.value)
     assert message.startswith(f"{tmp_path / 'a.pgm'}: cannot be read (")
-    assert message.endswith("; replace it, or do without it")
     is_valid = save_some not in (save_text, save_a_half, save_a_broken_exif_tag)
     assert ("save it as .npy" in message) == is_valid
     assert "\n" not in message
@@ -483,7 +482,7 @@ OTHER_UNITS = "bring the numbers to the same units"
     (scene(), None),
     (brighter(), None),
     (np.full_like(scene(), 255), None),
-    (without_data(), "nan is taken as the mean of the training images"),
+    (without_data(), "nan is taken as the mean of the training images, inf as 10 deviations"),
     (scene() * 0.05, OTHER_UNITS),
     ((scene() - TRAINED["mean"]) * 11 + TRAINED["mean"], OTHER_UNITS),
     (scene() * 257, OTHER_UNITS),

@@ -1,7 +1,10 @@
 """Which batches a loader gives, whoever reads the images."""
 
 import csv
+import os
+import signal
 import tempfile
+import threading
 from pathlib import Path
 
 import conftest
@@ -208,3 +211,25 @@ def test_an_item_that_does_not_count_has_no_pixel_that_does_whatever_the_type_of
     assert torch.equal(mask, torch.eye(4, dtype=torch.uint8))
     _, mask = images[1, 0, False]
     assert (mask == 255).all()
+
+
+class PressesCtrlC(loaders.DataLoader):
+    """While its workers are started, Ctrl-C reaches the process."""
+
+    def __iter__(self):
+        os.kill(os.getpid(), signal.SIGINT)
+        batches = super().__iter__()
+        self.started = True
+        return batches
+
+
+def test_ctrl_c_waits_until_the_workers_are_started():
+    """Also where another thread gets the signal first, as those of OpenMP may."""
+    done = threading.Event()
+    threading.Thread(target=done.wait).start()
+    loader = PressesCtrlC([1, 2], num_workers=1)
+    with pytest.raises(KeyboardInterrupt):
+        loaders.start(loader)
+    done.set()
+    assert loader.started
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
