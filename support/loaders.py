@@ -132,7 +132,7 @@ def make_loaders(datasets: dict[str, Dataset], config: dict) -> dict[str, DataLo
 def start(loader: DataLoader) -> Iterator[tuple[Tensor, Tensor]]:
     """The batches of a loader. While its workers are started, Ctrl-C waits, as Python could lose it then. To the workers
     it means nothing: they leave it to the process that trains."""
-    if loader.num_workers == 0:
+    if getattr(loader, "num_workers", 0) == 0:  # a list of batches will do, too
         return iter(loader)
     pressed = []
 
