@@ -36,8 +36,8 @@ class Tiling:
     cell: the borders between tiles lie on multiples of this many pixels, 2^D for a U-Net of depth D.
     overlap: how many pixels of its neighbours a tile also sees, on each side, as far as the image goes.
 
-    boxes, halos: for each tile, row-major, its (top, bottom, left, right) without and with the overlap. The boxes cover the
-        (padded) image once.
+    boxes, halos: for each tile, row-major, its (top, bottom, left, right) without and with the overlap.
+        The boxes cover the (padded) image once.
     coarse: a Tiling with the same cuts for the coarse map, which has one pixel for every cell (with a cell of 1, the
         Tiling itself).
 

@@ -1,4 +1,4 @@
-"""The forward pass of decompose.py for more: several tiles in one call, with less memory, or shared out among processes.
+"""The forward pass of decompose.py for more: several tiles in one call, with less memory, or among processes.
 
 `forward_in_groups` and `forward_with_recompute` compute what `model(tiles, tiling)` computes, with the methods of the
 model itself, up to rounding and the random numbers of dropout.
@@ -7,8 +7,9 @@ They compute only the tiles of this process, which are all of them if there is o
     load_tile(i)            returns tile i (B,C,h,w) on its device
     reduce_tile(i, logits)  returns what is kept of the logits (B,L,h,w) of tile i, such as its share of the loss
 
-Both return what reduce_tile returned, as a list in the order of the tiles. With recompute the two functions are called again
-in the backward pass, so they must not draw random numbers. Letters as in decompose.py.
+Both return what reduce_tile returned, as a list in the order of the tiles. With recompute, load_tile and
+reduce_tile are called again in the backward pass, so they must not draw random numbers. Letters as in
+decompose.py.
 """
 
 import math
@@ -117,8 +118,8 @@ def forward_with_recompute(model: DecomposedUNet, load_tile: Callable, tiling: T
     A first pass encodes each tile and keeps only what the tile sends. A second pass encodes it
     again, decodes it, and keeps only what reduce_tile returns. Both are under activation
     checkpointing: the backward pass calls them again, one tile after the other. So in all a tile is
-    encoded four times and decoded twice in a training step with communication. What each tile has received stays in memory until then,
-    and so do the activations of the communication network.
+    encoded four times and decoded twice in a training step with communication. What each tile has
+    received stays in memory until then, and so do the activations of the communication network.
     """
     encoder = MultiDeviceModule(model.encoder, devices)
     decoder = MultiDeviceModule(model.decoder, devices)
