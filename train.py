@@ -79,12 +79,15 @@ def run_tiles(model: DecomposedUNet, images: Tensor, tiling: Tiling, devices: li
 
     # In bfloat16 where the user wants it. The cache of autocast would keep one bfloat16 copy of each weight for all
     # tiles, so that their gradients would be added up in bfloat16, in which small ones are lost.
-    with torch.autocast(devices[0].type, torch.bfloat16, enabled=config["amp"], cache_enabled=False):
+    device_type = devices[0].type
+    with torch.autocast(device_type, torch.bfloat16, enabled=config["amp"], cache_enabled=False):
         if config["recompute"]:  # with the activations of one tile at a time
             return scale.forward_with_recompute(model, load_tile, tiling, devices, reduce_tile)
         if scale.can_stack(model) or processes.image_processes > 1:  # several tiles in one call, or a part of them
             return scale.forward_in_groups(model, load_tile, tiling, devices, reduce_tile)
-        tiles = [load_tile(i) for i in range(len(tiling))]
+        tiles = []
+        for i in range(len(tiling)):
+            tiles.append(load_tile(i))
         reduced = []
         for i, logits in enumerate(model(tiles, tiling)):
             reduced.append(reduce_tile(i, logits))
@@ -248,7 +251,8 @@ def train(config: dict, devices: list, out: Path, state: dict) -> dict:
     # The run, which keeps what training changes and writes it to its folder
     run = Run(config, out, model, optimizer, schedule)
     run.begin(state)
-    for epoch in range(len(run.rows) + 1, config["epochs"] + 1):
+    first_epoch = len(run.rows) + 1
+    for epoch in range(first_epoch, config["epochs"] + 1):
         processes.seed_dropout(config["seed"], epoch)
         loaders["train"].batch_sampler.set_epoch(epoch)  # each has another order, other crops and flips
         started = time.perf_counter()
@@ -286,9 +290,10 @@ def predict_some(model, dataset, config: dict, devices: list, count: int = 4) ->
         run_tiles(model, image[None], tiling, devices, config, paste_tile)
         prediction = processes.sum_over_group(prediction)  # each process pasted its tiles into zeros
         step = downsampling(mask.shape, longest=1024)
-        pictures["image"].append(image[..., ::step, ::step].clone())  # a view would keep the whole image in memory
-        pictures["true mask"].append(mask[::step, ::step].clone())
-        pictures["prediction"].append(prediction[::step, ::step].clone())
+        shown = {"image": image, "true mask": mask, "prediction": prediction}
+        for title, picture in shown.items():
+            smaller = picture[..., ::step, ::step]
+            pictures[title].append(smaller.clone())  # a view would keep the whole image in memory
         boxes.append(np.array(tiling.boxes) / step)
     return pictures, boxes
 

@@ -128,8 +128,9 @@ def visible(image: np.ndarray) -> np.ndarray:
         with np.errstate(over="ignore"):  # what is too large for float32 is no data either
             image = image.astype(np.float32)
         smallest, largest = contrast(image)
-    image = np.nan_to_num(image, nan=smallest).clip(smallest, largest).astype(np.float32)
-    return (image - smallest).transpose(1, 2, 0) / (largest - smallest)
+    image = np.nan_to_num(image, nan=smallest).clip(smallest, largest)
+    image = image.astype(np.float32).transpose(1, 2, 0)
+    return (image - smallest) / (largest - smallest)
 
 
 def contrast(image: np.ndarray) -> tuple[float, float]:
