@@ -21,7 +21,8 @@ the mean over all tiles. This file imports nothing but torch: copy it.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -49,25 +50,23 @@ class Tiling:
 
     def __init__(self, size: tuple[int, int], grid: tuple[int, int], cell: int = 1, overlap: int = 0):
         height, width = size
+        rows, columns = grid
         cells = (math.ceil(height / cell), math.ceil(width / cell))
-        for name, tiles, most in zip(("rows", "columns"), grid, cells):
-            if not 1 <= tiles <= most:
-                raise ValueError(f"{tiles} {name} of tiles: an image of {height}x{width} pixels in cells of "
-                                 f"{cell}x{cell} can have 1 to {most}")
+        if not (1 <= rows <= cells[0] and 1 <= columns <= cells[1]):
+            raise ValueError(f"{rows}x{columns} tiles: an image of {height}x{width} pixels in cells of {cell}x{cell} can "
+                             f"have 1x1 to {cells[0]}x{cells[1]}")
         if overlap < 0 or overlap % cell != 0:
             raise ValueError(f"an overlap of {overlap} pixels: it must be a multiple of the cell, {cell}")
         self.size = (height, width)
         self.grid = grid
-        self.cell = cell
         self.boxes = []
         self.halos = []
-        for first_row, last_row in cut(cells[0], grid[0]):
-            for first_column, last_column in cut(cells[1], grid[1]):
-                box = (first_row * cell, last_row * cell, first_column * cell, last_column * cell)
-                top, bottom, left, right = box
-                self.boxes.append(box)
-                self.halos.append((max(top - overlap, 0), min(bottom + overlap, cells[0] * cell),
-                                   max(left - overlap, 0), min(right + overlap, cells[1] * cell)))
+        padded_height, padded_width = cells[0] * cell, cells[1] * cell
+        for top, bottom in cut(cells[0], rows, cell):
+            for left, right in cut(cells[1], columns, cell):
+                self.boxes.append((top, bottom, left, right))
+                self.halos.append((max(top - overlap, 0), min(bottom + overlap, padded_height),
+                                   max(left - overlap, 0), min(right + overlap, padded_width)))
         self.coarse = self
         if cell > 1:
             self.coarse = Tiling(cells, grid, cell=1, overlap=overlap // cell)
@@ -104,21 +103,13 @@ class Tiling:
     def crop(self, i: int, tile: Tensor) -> Tensor:
         """Tile i with its overlap (...,h,w) -> the same tile without its overlap. ValueError: it is of another size."""
         top, bottom, left, right = self.boxes[i]
-        halo_top, halo_bottom, halo_left, halo_right = self.halos[i]
-        height, width = halo_bottom - halo_top, halo_right - halo_left
+        first_row, last_row, first_column, last_column = self.halos[i]
+        height, width = last_row - first_row, last_column - first_column
         if tile.shape[-2:] != (height, width):
             raise ValueError(f"tile {i} has the shape {tuple(tile.shape)}, but the tiling makes it {height} rows and "
                              f"{width} columns; if this is a coarse map, give Tiling as `cell` by how much the "
                              "encoder shrinks a tile (2^D for a U-Net of depth D)")
-        return tile[..., top - halo_top:bottom - halo_top, left - halo_left:right - halo_left]
-
-    def paste(self, i: int, tile: Tensor, image: Tensor):
-        """Writes tile i (...,h,w) without overlap to its place in the image (...,H,W). The two may lie on different
-        devices. Where the image is too large to be stitched at once, its tiles can be pasted one by one."""
-        top, bottom, left, right = self.boxes[i]
-        place = image[..., top:bottom, left:right]
-        height, width = place.shape[-2:]
-        place.copy_(tile[..., :height, :width])  # without what pads the tiles at the end
+        return tile[..., top - first_row:bottom - first_row, left - first_column:right - first_column]
 
     def stitch(self, tiles: Sequence[Tensor], device: torch.device | None = None) -> Tensor:
         """Tiles (...,h,w) without overlap, row-major, on any devices -> (...,H,W) on `device`.
@@ -127,28 +118,24 @@ class Tiling:
         """
         if device is None:
             device = tiles[0].device
-        moved = []
-        for tile in tiles:
-            moved.append(tile.to(device))
+        columns = self.grid[1]
         strips = []
-        for start in range(0, len(moved), self.grid[1]):
-            row = moved[start:start + self.grid[1]]
+        for start in range(0, len(tiles), columns):
+            row = []
+            for tile in tiles[start:start + columns]:
+                row.append(tile.to(device))
             strips.append(torch.cat(row, dim=-1))
         height, width = self.size
         return torch.cat(strips, dim=-2)[..., :height, :width]
 
 
-def cut(cells: int, tiles: int) -> list[tuple[int, int]]:
-    """Cuts a row of cells into tiles that are as equal as can be. Returns where each begins and ends."""
-    cuts = []
-    first = 0
-    for i in range(tiles):
-        last = first + cells // tiles
-        if i < cells % tiles:  # the first tiles take the cells that are left over
-            last += 1
-        cuts.append((first, last))
-        first = last
-    return cuts
+def cut(cells: int, tiles: int, cell: int) -> Iterable[tuple[int, int]]:
+    """Cuts a row of cells, each `cell` pixels long, into tiles that are as equal as can be. Returns the pixels at
+    which each tile begins and ends."""
+    borders = []
+    for i in range(tiles + 1):
+        borders.append(math.ceil(cells * i / tiles) * cell)
+    return pairwise(borders)
 
 
 class DecomposedUNet(nn.Module):
@@ -183,13 +170,12 @@ class DecomposedUNet(nn.Module):
         """
         if len(tiles) != len(tiling):
             raise ValueError(f"{len(tiles)} tiles, but the tiling has {len(tiling)}")
-        devices = [tile.device for tile in tiles]
-        encoder = MultiDeviceModule(self.encoder, devices)
-        decoder = MultiDeviceModule(self.decoder, devices)
+        encoder = MultiDeviceModule(self.encoder)
+        decoder = MultiDeviceModule(self.decoder)
 
         skips, coarse_maps = [], []
         for tile in tiles:
-            tile_skips, coarse_map = encoder(tile.device, tile)
+            tile_skips, coarse_map = encoder(tile)
             skips.append(tile_skips)
             coarse_maps.append(coarse_map)
 
@@ -197,13 +183,14 @@ class DecomposedUNet(nn.Module):
             sent = []
             for i, coarse_map in enumerate(coarse_maps):
                 sent.append(self.to_send(i, coarse_map, tiling))
-            received = self.communicate(sent, tiling)
-            for i, device in enumerate(devices):
-                coarse_maps[i] = self.replace(coarse_maps[i], received[i].to(device))
+            global_map = tiling.coarse.stitch(sent, self.comm_device())
+            received = tiling.coarse.split(self.comm_net(global_map))
+            for i, coarse_map in enumerate(coarse_maps):
+                coarse_maps[i] = self.replace(coarse_map, received[i])
 
         logits = []
-        for i, device in enumerate(devices):
-            tile_logits = decoder(device, skips[i], coarse_maps[i])
+        for i, coarse_map in enumerate(coarse_maps):
+            tile_logits = decoder(skips[i], coarse_map)
             logits.append(tiling.crop(i, tile_logits))
 
         encoder.update_buffers()
@@ -220,17 +207,14 @@ class DecomposedUNet(nn.Module):
             raise ValueError(f"{self.comm_channels} communicated channels, but the coarse map has only {channels}")
         return tiling.coarse.crop(i, coarse_map[:, -self.comm_channels:])
 
-    def communicate(self, sent: Sequence[Tensor], tiling: Tiling) -> list[Tensor]:
-        """What each tile sends -> what it receives (with overlap), on the device of the communication network."""
-        device = next(self.comm_net.parameters()).device
-        coarse_map = tiling.coarse.stitch(sent, device)
-        coarse_map = self.comm_net(coarse_map)
-        return tiling.coarse.split(coarse_map)
+    def comm_device(self) -> torch.device:
+        """The device of the communication network."""
+        return next(self.comm_net.parameters()).device
 
     def replace(self, coarse_map: Tensor, received: Tensor) -> Tensor:
-        """The coarse map of a tile, with its last K channels replaced by what the tile received."""
+        """The coarse map of a tile, with its last K channels replaced by what the tile received, on any device."""
         kept = coarse_map[:, :-self.comm_channels]
-        return torch.cat([kept, received], dim=1)
+        return torch.cat([kept, received.to(coarse_map.device)], dim=1)
 
 
 class MultiDeviceModule:
@@ -249,18 +233,15 @@ class MultiDeviceModule:
     Where no layer learns statistics (batch norm is in evaluation mode, or there is none) the buffers
     stay as they are.
 
-    module: its weights may lie on any device. devices: those on which it will be called.
+    module: its weights may lie on any device.
     """
 
-    def __init__(self, module: nn.Module, devices: Sequence[torch.device]):
+    def __init__(self, module: nn.Module):
         self.module = module
         self.learns_statistics = learns_statistics(module)
         self.weights = {}  # of each device, by their names
         self.buffers = {}
         self.changed = []  # for each call, its copy of the buffers
-        for device in devices:
-            if device not in self.weights:
-                self.copy_to(device)
 
     def copy_to(self, device: torch.device):
         self.weights[device] = {}
@@ -272,8 +253,11 @@ class MultiDeviceModule:
             # is computed again in the backward pass (see support/scale.py) must see the old ones.
             self.buffers[device][name] = buffer.to(device, copy=True)
 
-    def __call__(self, device: torch.device, *inputs):
-        """What the module makes of these inputs, which lie on this device."""
+    def __call__(self, *inputs):
+        """What the module makes of these inputs. The last one is a tensor, and lies on the device on which to compute."""
+        device = inputs[-1].device
+        if device not in self.weights:
+            self.copy_to(device)
         buffers = self.buffers[device]
         if self.learns_statistics:
             buffers = {name: buffer.clone() for name, buffer in buffers.items()}
@@ -298,7 +282,6 @@ class MultiDeviceModule:
 def learns_statistics(module: nn.Module) -> bool:
     """Whether a layer that has buffers, such as batch norm, is in training mode, in which it changes them."""
     for layer in module.modules():
-        has_buffers = len(list(layer.buffers(recurse=False))) > 0
-        if layer.training and has_buffers:
+        if layer.training and list(layer.buffers(recurse=False)):
             return True
     return False

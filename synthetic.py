@@ -10,8 +10,8 @@
     |           |       O   |  |           |        O  |
     +-----------+-----------+  +-----------+-----------+
 
-Source: Verburg, Heinlein, Cyr, "DDU-Net" (arXiv 2407.21266). `python synthetic.py` draws a sheet of
-examples. This file imports nothing but numpy and torch: copy it.
+Source: Verburg, Heinlein, Cyr, "DDU-Net" (arXiv 2407.21266). This file imports nothing but
+numpy and torch: copy it.
 """
 
 import numpy as np
@@ -144,29 +144,3 @@ def distance_to_segment(size: tuple[int, int], start: np.ndarray, end: np.ndarra
     across = abs(dx * y - dy * x) / np.sqrt(squared_length)
     between = (along >= 0) & (along <= 1)
     return np.where(between, across, np.inf)
-
-
-def draw_examples(path: str):
-    """Draws images above their masks. The red lines are the borders between tiles."""
-    import matplotlib.pyplot as plt
-    from matplotlib.colors import ListedColormap
-
-    count = 8
-    data = LinesAndCircles(count)
-    figure, axes = plt.subplots(2, count, figsize=(12, 3.2), layout="constrained")
-    for i in range(count):
-        image, mask = data[i]
-        axes[0, i].imshow(image[0], cmap="gray")
-        axes[1, i].imshow(mask, cmap=ListedColormap(COLORS), vmin=0, vmax=len(COLORS) - 1, interpolation="nearest")
-    for axis in axes.flat:
-        axis.axhline(data.tile[0] - 0.5, color="tab:red", linewidth=0.8)
-        axis.axvline(data.tile[1] - 0.5, color="tab:red", linewidth=0.8)
-        axis.set(xticks=[], yticks=[])
-    axes[0, 0].set_ylabel("image")
-    axes[1, 0].set_ylabel("mask")
-    figure.savefig(path, dpi=120)
-
-
-if __name__ == "__main__":
-    draw_examples("synthetic.png")
-    print("wrote synthetic.png")

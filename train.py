@@ -81,10 +81,11 @@ def run_tiles(model: DecomposedUNet, images: Tensor, tiling: Tiling, devices: li
     # tiles, so that their gradients would be added up in bfloat16, in which small ones are lost.
     device_type = devices[0].type
     with torch.autocast(device_type, torch.bfloat16, enabled=config["amp"], cache_enabled=False):
-        if config["recompute"]:  # with the activations of one tile at a time
-            return scale.forward_with_recompute(model, load_tile, tiling, devices, reduce_tile)
-        if scale.can_stack(model) or processes.image_processes > 1:  # several tiles in one call, or a part of them
-            return scale.forward_in_groups(model, load_tile, tiling, devices, reduce_tile)
+        recompute = config["recompute"]
+        stack = scale.can_stack(model) and not recompute
+        if recompute or stack or processes.image_processes > 1:  # otherwise each tile of the image by itself
+            groups = scale.group_tiles(tiling, placement, images.shape[0], stack)
+            return scale.forward(model, tiling, groups, devices, load_tile, reduce_tile, recompute)
         tiles = []
         for i in range(len(tiling)):
             tiles.append(load_tile(i))
@@ -282,13 +283,13 @@ def predict_some(model, dataset, config: dict, devices: list, count: int = 4) ->
     boxes = []
     for image, mask in itertools.islice(dataset, count):
         tiling = build_tiling(config, mask.shape)
-        prediction = torch.zeros(mask.shape, dtype=torch.uint8)
 
-        def paste_tile(i: int, logits: Tensor):
-            tiling.paste(i, logits.argmax(dim=1)[0], prediction)
+        def predict_tile(i: int, logits: Tensor) -> Tensor:
+            return logits.argmax(dim=1)[0].byte()
 
-        run_tiles(model, image[None], tiling, devices, config, paste_tile)
-        prediction = processes.sum_over_group(prediction)  # each process pasted its tiles into zeros
+        tiles = run_tiles(model, image[None], tiling, devices, config, predict_tile)
+        numbers = processes.own_tiles(len(tiling))
+        prediction = scale.stitch_over_processes(dict(zip(numbers, tiles)), tiling, torch.device("cpu"))
         step = downsampling(mask.shape, longest=1024)
         shown = {"image": image, "true mask": mask, "prediction": prediction}
         for title, picture in shown.items():

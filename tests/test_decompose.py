@@ -96,9 +96,9 @@ def test_to_split_costs_a_gradient_of_a_strip_per_tile_and_not_one_of_the_image(
 
 
 @pytest.mark.parametrize("grid, overlap, message", [
-    ((5, 1), 0, "5 rows of tiles.*32x32.*8x8 can have 1 to 4"),
-    ((0, 1), 0, "0 rows"),
-    ((1, 9), 0, "9 columns"),
+    ((5, 1), 0, "5x1 tiles.*32x32.*8x8 can have 1x1 to 4x4"),
+    ((0, 1), 0, "0x1 tiles"),
+    ((1, 9), 0, "1x9 tiles"),
     ((2, 2), 4, "overlap of 4 pixels.*multiple of the cell, 8"),
     ((2, 2), -8, "overlap of -8"),
 ])

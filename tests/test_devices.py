@@ -129,18 +129,19 @@ class SlowLinear(nn.Linear):
 
 def test_each_thread_gets_the_weights_of_its_device():
     """In the backward pass of --recompute, autograd runs tiles in a thread for each GPU. Here the threads are our own."""
-    other_name = torch.device("cpu", 0)  # the same device by another name
     linear = SlowLinear(1, 1)
     weights = dict(linear.named_parameters())
-    module = MultiDeviceModule(linear, [CPU, other_name])
-    module.weights[other_name] = {name: weight.detach() + 1 for name, weight in weights.items()}
+    module, other = MultiDeviceModule(linear), MultiDeviceModule(linear)
+    module.copy_to(CPU)
+    other.copy_to(CPU)
+    other.weights[CPU] = {name: weight.detach() + 1 for name, weight in weights.items()}  # as if on another device
 
-    def compute(device):
-        with scale.fixed_dropout(0, [device]):
-            return module(device, torch.zeros(1))
+    def compute(module):
+        with scale.fixed_dropout(0, [CPU]):
+            return module(torch.zeros(1))
 
     with ThreadPool(2) as pool:
-        first, second = pool.map(compute, [CPU, other_name])
+        first, second = pool.map(compute, [module, other])
     assert first == weights["bias"]
     assert second == weights["bias"] + 1
     for name, weight in linear.named_parameters():

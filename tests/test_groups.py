@@ -24,8 +24,8 @@ TILINGS = {
 }
 
 
-def never_stack(tiles, stack):
-    return [[i] for i in tiles]
+def never_stack(tiling, placement, batch_size, stack):
+    return [[i] for i in placement]
 
 
 def frozen_step(tiling, images=2, devices=(CPU,), changes=None, weights=None):
@@ -67,8 +67,8 @@ def test_tiles_on_two_devices_are_stacked_on_each(monkeypatch):
     sizes = []
     group_tiles = scale.group_tiles
 
-    def watched(tiles, stack):
-        groups = group_tiles(tiles, stack)
+    def watched(*arguments):
+        groups = group_tiles(*arguments)
         sizes.append([len(group) for group in groups])
         return groups
 
@@ -82,14 +82,14 @@ def test_tiles_on_two_devices_are_stacked_on_each(monkeypatch):
 
 
 def groups_of(size, grid, stack=True):
-    tiles = dict(enumerate(Tiling(size, grid, 4).split(torch.empty(1, 1, *size))))
-    return scale.group_tiles(tiles, stack)
+    tiling = Tiling(size, grid, 4)
+    return scale.group_tiles(tiling, train.place(tiling, [CPU]), 1, stack)
 
 
 def test_a_group_has_tiles_of_one_size_and_unless_they_are_small_half_of_them_and_a_million_pixels_at_most():
     assert groups_of((16, 64), (2, 4)) == [[0, 1, 2, 3, 4, 5, 6, 7]]
     assert groups_of((16, 64), (2, 4), stack=False) == [[0], [1], [2], [3], [4], [5], [6], [7]]
-    assert groups_of((12, 56), (1, 4)) == [[0, 1], [2, 3]]  # two of each size
+    assert groups_of((12, 56), (1, 4)) == [[0, 2], [1, 3]]  # two of each size
     assert groups_of((512, 1024), (2, 4)) == [[0, 1, 2, 3], [4, 5, 6, 7]]
     assert groups_of((512, 1280), (1, 5)) == [[0, 1, 2], [3, 4]]
     assert groups_of((512, 8192), (1, 16)) == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11], [12, 13, 14, 15]]

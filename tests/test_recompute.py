@@ -43,19 +43,28 @@ class SpectralNormEncoder(nn.Module):
         return 1, self.conv(tile)
 
 
+def mean_of_square(i, logits):
+    return logits.square().mean()
+
+
+def forward_with_recompute(model, tiles, tiling):
+    one_by_one = [[i] for i in range(len(tiling))]
+    return scale.forward(model, tiling, one_by_one, [CPU], tiles.__getitem__, mean_of_square, recompute=True)
+
+
 def test_a_tile_is_computed_again_with_the_buffers_of_before():
     model = DecomposedUNet(SpectralNormEncoder(), MultiplyingDecoder())
     other = copy.deepcopy(model)
     tiling = Tiling((8, 8), (2, 2))
     tiles = tiling.split(torch.randn(2, 1, 8, 8))
     sum(mean_of_square(i, logits) for i, logits in enumerate(model(tiles, tiling))).backward()
-    sum(scale.forward_with_recompute(other, tiles.__getitem__, tiling, [CPU], mean_of_square)).backward()
+    sum(forward_with_recompute(other, tiles, tiling)).backward()
     assert_all_close(gradients_of(other), gradients_of(model), tolerance=1e-6)
 
 
 # Dropout
 
-def remember(function, *inputs):
+def remember(recompute, function, *inputs):
     return function(*inputs)
 
 
@@ -88,17 +97,12 @@ class MultiplyingDecoder(nn.Module):
         return skips * coarse
 
 
-def mean_of_square(i, logits):
-    return logits.square().mean()
-
-
 def test_dropout_leaves_out_the_same_channels_whenever_a_tile_is_encoded():
     encoder = WatchedEncoder()
     model = DecomposedUNet(encoder, MultiplyingDecoder(), nn.Conv2d(8, 8, 1), comm_channels=8)
     tiling = Tiling((4, 4), (2, 2))
     tiles = tiling.split(torch.randn(1, 1, 4, 4))
-    means = scale.forward_with_recompute(model, tiles.__getitem__, tiling, [CPU], mean_of_square)
-    sum(means).backward()
+    sum(forward_with_recompute(model, tiles, tiling)).backward()
 
     assert len(encoder.seen) == 16
     first = encoder.seen[:4]
@@ -167,10 +171,10 @@ def test_an_image_larger_than_those_of_training_is_evaluated_with_recompute(size
         calls.append(arguments)
         return []
 
-    monkeypatch.setattr(scale, "forward_with_recompute", watched)
+    monkeypatch.setattr(scale, "forward", watched)
     config = {**CONFIG, "image_size": (16, 16), "grid": (2, 2), "overlap": 0}
     train.evaluate(build_from_config(config), [random_batch(1, size)], config, [CPU])
-    assert len(calls) == (1 if recompute else 0)
+    assert [arguments[-1] for arguments in calls] == [recompute]
 
 
 # Time

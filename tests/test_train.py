@@ -132,7 +132,7 @@ def test_tiles_that_do_not_communicate_can_only_guess_the_line(tmp_path, no_pict
     ("--resume here --epochs 3", "give it alone, or with --data, --workers, --image-processes, but without --epochs"),
     ("--init nowhere.pt", "nowhere.pt: No such file"),
     ("--out README.md/run", "README.md/run: Not a directory"),
-    ("--grid 9x1", "9 rows of tiles: an image of 64x64 pixels in cells of 8x8 can have 1 to 8"),
+    ("--grid 9x1", "9x1 tiles: an image of 64x64 pixels in cells of 8x8 can have 1x1 to 8x8"),
     ("--comm-channels 65", "--comm-channels 65: the coarse map of this --width and --depth has only 64 channels"),
     ("--overlap 5", "an overlap of 5 pixels: it must be a multiple of the cell, 8"),
     ("--image-size 16", "--image-size: an image of 16x16 in 1x1 tiles: two discs in different tiles need at least two tiles"),
