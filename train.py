@@ -83,7 +83,7 @@ def run_tiles(model: DecomposedUNet, images: Tensor, tiling: Tiling, devices: li
     with torch.autocast(device_type, torch.bfloat16, enabled=config["amp"], cache_enabled=False):
         recompute = config["recompute"]
         stack = scale.can_stack(model) and not recompute
-        if recompute or stack or processes.image_processes > 1:  # otherwise each tile of the image by itself
+        if recompute or stack or len(placement) < len(tiling):
             groups = scale.group_tiles(tiling, placement, images.shape[0], stack)
             return scale.forward(model, tiling, groups, devices, load_tile, reduce_tile, recompute)
         tiles = []
@@ -121,7 +121,7 @@ def train_step(model, images: Tensor, masks: Tensor, optimizer, schedule, config
     tiling = build_tiling(config, images.shape[-2:])
     loss = batch_loss(model, images, masks, tiling, devices, config)
     loss.backward()
-    processes.synchronise(model)
+    processes.synchronise(model, len(tiling))
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
     schedule.step()
@@ -288,8 +288,8 @@ def predict_some(model, dataset, config: dict, devices: list, count: int = 4) ->
             return logits.argmax(dim=1)[0].byte()
 
         tiles = run_tiles(model, image[None], tiling, devices, config, predict_tile)
-        numbers = processes.own_tiles(len(tiling))
-        prediction = scale.stitch_over_processes(dict(zip(numbers, tiles)), tiling, torch.device("cpu"))
+        numbered = dict(zip(place(tiling, devices), tiles))
+        prediction = scale.stitch_over_processes(numbered, tiling, torch.device("cpu"))
         step = downsampling(mask.shape, longest=1024)
         shown = {"image": image, "true mask": mask, "prediction": prediction}
         for title, picture in shown.items():

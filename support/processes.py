@@ -186,11 +186,12 @@ def all_reduce_sum(x: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def synchronise(model: nn.Module):
+def synchronise(model: nn.Module, tiles: int):
     """The gradient of each weight becomes the sum over processes, and while batch norm learns its
-    statistics, these become the mean. To be called after the backward pass.
+    statistics, these become the mean over all tiles of all images. To be called after the backward pass.
 
-    Each process has the gradient of what its own tiles add to the loss. In the backward pass itself
+    tiles: how many the images of this process have, of which it may have computed a part. Each
+    process has the gradient of what its own tiles add to the loss. In the backward pass itself
     only the sum over a group is made: so all processes do the same in the same order, and none
     waits for another one that waits for it.
     """
@@ -202,30 +203,18 @@ def synchronise(model: nn.Module):
             gradients.append(weight.grad)
     all_reduce_together(gradients)
     if learns_statistics(model):
-        weighted_average(model, 1 / world_size(), group=None)
+        share = len(own_tiles(tiles)) / tiles / number_of_groups()
+        buffers = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
+        averages = [share * buffer.double() for buffer in buffers]
+        all_reduce_together(averages)
+        for buffer, average in zip(buffers, averages):
+            buffer.copy_(average)
 
 
-@torch.no_grad()
-def average_over_group(model: nn.Module, share: float):
-    """The running statistics become their mean over the processes that share an image. share: the
-    part of its tiles that this process has, by which its statistics count."""
-    if image_processes > 1:
-        weighted_average(model, share, image_group)
-
-
-def weighted_average(model: nn.Module, weight: float, group: dist.ProcessGroup | None):
-    buffers = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
-    averages = [weight * buffer.double() for buffer in buffers]
-    if averages:
-        all_reduce_together(averages, group)
-    for buffer, average in zip(buffers, averages):
-        buffer.copy_(average)
-
-
-def all_reduce_together(tensors: list[Tensor], group: dist.ProcessGroup | None = None):
-    """Each tensor becomes its sum over the processes of a group (None: all), in a single message."""
+def all_reduce_together(tensors: list[Tensor]):
+    """Each tensor becomes its sum over all processes, in a single message."""
     message = torch.cat([tensor.flatten() for tensor in tensors])
-    dist.all_reduce(message, group=group)
+    dist.all_reduce(message)
     sizes = [tensor.numel() for tensor in tensors]
     for tensor, total in zip(tensors, message.split(sizes)):
         tensor.copy_(total.view(tensor.shape))

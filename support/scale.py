@@ -87,10 +87,8 @@ def forward(model: DecomposedUNet, tiling: Tiling, groups: list[list[int]], devi
         received_by_group = [received[i] for i in group if i in received]
         reduced_of_group = forget_activations(recompute, encode_and_decode, group, received_by_group)
         reduced.update(zip(group, reduced_of_group))
-    for half in (encoder, decoder):
-        half.update_buffers()
-        if half.learns_statistics:  # over the tiles of the other processes, too
-            processes.average_over_group(half.module, len(reduced) / len(tiling))
+    encoder.update_buffers()
+    decoder.update_buffers()
     return [reduced[i] for i in sorted(reduced)]
 
 
