@@ -6,10 +6,11 @@ from multiprocessing.pool import ThreadPool
 
 import pytest
 import torch
-from conftest import CONFIG, CPU, assert_all_close, gradients_of, training_step
+from conftest import CONFIG, CPU, assert_all_close, gradients_of, random_batch, training_step
 from pretend_device import DEVICE, PretendDevice
 from torch import nn
 
+import train
 from decompose import DecomposedUNet, MultiDeviceModule, Tiling
 from support import scale
 from support.model import build_from_config
@@ -189,3 +190,37 @@ def test_no_copy_between_devices_stands_between_their_tiles():
     there_and_back = [(coarse_map, "pretend:0")] * 2 + [(coarse_map, "cpu")] * 2
     gradients = there_and_back
     assert order == [(image, "cpu")] * 2 + there_and_back + [(mask, "cpu")] * 2 + gradients
+
+
+class Waiting(PretendDevice):
+    """Notes what would make the loop wait for a GPU: numbers that are read, sizes that depend on them, copies to the CPU."""
+
+    WAITS = ("_local_scalar_dense", "equal", "is_nonzero", "masked_select", "nonzero")
+
+    def __init__(self):
+        super().__init__()
+        self.waits = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        target = (kwargs or {}).get("device")
+        if name in self.WAITS or name == "_to_copy" and target == CPU and args[0].device == DEVICE:
+            self.waits.append(name)
+        return super().__torch_dispatch__(function, types, args, kwargs)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_nothing_in_a_step_waits_for_the_gpu(frozen, recompute):
+    with Waiting() as device:
+        config = {**CONFIG, "image_size": (32, 32), "grid": (2, 2), "overlap": 0, "loss_weights": [0.2, 1.0, 1.8],
+                  "dropout": 0.1, "recompute": recompute}
+        model = build_from_config(config).to(DEVICE)
+        train.set_training_mode(model, frozen)
+        optimizer = torch.optim.SGD(model.parameters(), foreach=False)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=10, cycle_momentum=False)
+        images, masks = random_batch(BATCH, (32, 32))
+        loss = train.train_step(model, images, masks, optimizer, schedule, config, [DEVICE])
+        assert device.waits == []
+        loss.item()
+        assert device.waits == ["_local_scalar_dense"]
