@@ -222,10 +222,10 @@ def evaluate(model, loader, config: dict, devices: list) -> dict:
 # All of it
 
 def peak_learning_rate(config: dict) -> float:
-    """--lr, or by default 0.015 for 16 images in a step, and for more or fewer by the root of their number."""
+    """--lr, or by default 0.015, and where a step has fewer than 16 images, less in proportion to their number."""
     if config["lr"] is not None:
         return config["lr"]
-    return 0.015 * math.sqrt(config["batch_size"] / 16)
+    return 0.015 * min(config["batch_size"] / 16, 1)
 
 
 def train(config: dict, devices: list, out: Path, state: dict) -> dict:

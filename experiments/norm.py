@@ -1,4 +1,4 @@
-"""When is batch norm to keep its statistics? The default, other points, and group norm, on two tasks.
+"""Is batch norm to keep its statistics? The default against batch norm that never does, and group norm, on two tasks.
 
     OMP_NUM_THREADS=1 python -m experiments.norm --tasks areas      # minutes of one core
     OMP_NUM_THREADS=1 python -m experiments.norm --tasks lines      # hours of one core
@@ -28,7 +28,6 @@ from support.options import number
 GROUP_NORM = "group norm"
 SETTINGS = {  # options of train.py
     "default": [],
-    "after 0.5": ["--freeze-batch-norm", "0.5"],
     "never": ["--freeze-batch-norm", "1"],
     GROUP_NORM: [],
 }

@@ -201,8 +201,8 @@ def add_options(parser: Parser):
 
     option = parser.add_argument_group("training").add_argument
     option("--batch-size", type=number(1), default=16, help="images per step")
-    option("--lr", type=number(0, float), help="peak of the one-cycle learning rate (default: 0.015 for 16 images in a "
-           "step, for others by the root of their number)")
+    option("--lr", type=number(0, float), help="peak of the one-cycle learning rate (default: 0.015, and with a "
+           "--batch-size under 16, less in proportion)")
     option("--class-weights", type=class_weight, nargs="+", metavar="W", help="weight of each class in the loss: a "
            "number for each, or balanced, with which rare classes weigh more (default: all the same)")
     option("--freeze-batch-norm", type=number(0, float, 1), metavar="PART", help="after this part of the training "

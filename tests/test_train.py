@@ -211,3 +211,8 @@ def test_all_commands_load_where_python_has_no_fcntl_and_no_resource():
     """As on Windows."""
     code = "import sys; sys.modules['fcntl'] = sys.modules['resource'] = None; import train, predict, plan"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+@pytest.mark.parametrize("batch_size, lr, expected", [(1, None, 0.015 / 16), (16, None, 0.015), (64, None, 0.015), (4, 0.1, 0.1)])
+def test_with_fewer_images_in_a_step_the_learning_rate_is_lower_in_proportion(batch_size, lr, expected):
+    assert train.peak_learning_rate({"batch_size": batch_size, "lr": lr}) == expected
