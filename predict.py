@@ -9,7 +9,7 @@ probability of every class, and with --masks it scores the predictions, in metri
 folder it takes all images, also those in its subfolders, and --out gets the same subfolders. Images
 are cut into tiles as support/sizes.py tells, and one tile at a time is alive on each device.
 
-Exit status: 0, all images are done; 1, some of them failed; 2, all failed, or it could not begin.
+Exit status: 0, all images are done; 1, some of them failed; 2, none is done, or it could not begin.
 Each image that failed is named. From Python: `segment`. Letters as in decompose.py.
 """
 
@@ -17,7 +17,6 @@ import argparse
 import sys
 from collections import Counter
 from pathlib import Path
-from typing import NamedTuple
 
 from support.options import Parser, Progress, UserError, has_bfloat16, number, one_line_errors, pair, show_progress
 
@@ -28,16 +27,17 @@ def make_parser() -> Parser:
     option("checkpoint", type=Path, help="best.pt of a run of train.py, or the folder of the run")
     option("images", type=Path, nargs="+", metavar="IMAGE_OR_FOLDER", help="PNG, JPEG, TIFF, PPM, PGM or .npy, or a "
            "folder, of which all images are taken, also those in its subfolders")
-    option("--out", type=Path, metavar="DIR", help="new folder to write to, which gets the subfolders of the images "
-           "(default: predictions)")
+    option("--out", type=Path, metavar="DIR", default="predictions", help="new folder to write to, which gets the "
+           "subfolders of the images (default: predictions)")
     option("--gpus", type=number(1), metavar="N", help="GPUs to use (default: all there are)")
     option("--grid", type=pair, metavar="RxQ", help="rows x columns of tiles (default: as many as keep them no larger "
            "than in training; for larger images, up to 256 pixels to a side where those of training are smaller)")
-    option("--amp", action=argparse.BooleanOptionalAction, help="compute in bfloat16 (default: where the hardware has it)")
+    option("--amp", action=argparse.BooleanOptionalAction, help="compute in bfloat16 (default: where the hardware has "
+           "it)")
     option("--probabilities", action="store_true", help="write also NAME-probabilities.npy, the probability of each "
            "class at each pixel: float16 of shape (classes, height, width), which must fit into memory (default: no)")
-    option("--masks", type=Path, metavar="DIR", help="folder of true masks, to score the predictions; each has the name "
-           "of its image and lies in the same subfolder (default: no scores)")
+    option("--masks", type=Path, metavar="DIR", help="folder of true masks, to score the predictions; each has the "
+           "name of its image and lies in the same subfolder (default: no scores)")
     return parser
 
 
@@ -52,68 +52,58 @@ from torch import Tensor
 from decompose import DecomposedUNet, Tiling
 from support import plots, processes
 from support.checkpoints import atomic_write, write_json
-from support.folder import ImageFolder, find_files, name_of, warn_once
-from support.images import (DataError, check_values, count_pixels, drawn_in_white, read_header, read_image, read_mask,
+from support.folder import ImageFolder, find_files, name_of
+from support.images import (DataError, check_values, count_pixels, drawn_in_white, read_image, read_mask,
                             single_class_error)
 from support.loss import IGNORE
 from support.model import load_model
-from support.run import new_folder
-from support.scores import confusion, pixels_near_seam, report, scores
+from support.scores import confusion, pixels_near_seam, print_scores, scores
 from support.sizes import build_tiling
 from train import run_tiles
 
 
 # One image
 
-def segment(checkpoint: Path | str, array: np.ndarray, probabilities: bool = False):
+def segment(checkpoint: Path | str, array: np.ndarray, probabilities: bool = False) -> np.ndarray:
     """The class of each pixel of an array (H,W) or (H,W,C), as (H,W) uint8: what predict.py writes for such an image.
 
     checkpoint: best.pt of a run, or the folder of the run. array: numbers of the type and range of the training images.
-    probabilities: whether to return also that of each class, (L,H,W) float16.
+    probabilities: whether to return instead the probability of each class, (L,H,W) float16.
 
-    A line tells if the numbers are far from those of training. DataError: they are of another type, or of other channels.
-    CheckpointError: see `load_model`.
+    A line tells if the numbers are far from those of training. DataError: they are of another type, or of other
+    channels. CheckpointError: see `load_model`.
     """
-    network = load_network(Path(checkpoint))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model, config = load_network(Path(checkpoint), device)
     image = np.atleast_3d(np.array(array, order="C"))  # PyTorch knows no negative strides and wants to be able to write
-    tiling = build_tiling(network.config, image.shape[:2])
-    mask, found = segment_image(network, image, "the array", tiling, probabilities)
-    if probabilities:
-        return mask, found
-    return mask
+    tiling = build_tiling(config, image.shape[:2])
+    return segment_image(model, image, "the array", tiling, config, [device], probabilities)
 
 
-class Network(NamedTuple):
-    """A network, its configuration with what is different here, and the devices on which tiles are computed."""
+def load_network(checkpoint: Path, device: torch.device, amp: bool | None = None) -> tuple[DecomposedUNet, dict]:
+    """The network of a checkpoint, on a device, and its configuration, in which is changed how it is computed.
 
-    model: DecomposedUNet
-    config: dict
-    devices: list[torch.device]
-
-
-def load_network(checkpoint: Path, gpus: int | None = None, amp: bool | None = None) -> Network:
-    """gpus: how many to use; None: all. amp: whether to compute in bfloat16; None: if this machine has it in hardware."""
+    amp: whether to compute in bfloat16; None: if this machine has it in hardware.
+    """
     model, config = load_model(checkpoint)
     config["amp"] = has_bfloat16() if amp is None else amp
     config["image_processes"] = 1  # however many trained it
     config["recompute"] = True  # one tile at a time: images may be larger than those of training
-    devices = processes.find_devices(gpus or torch.cuda.device_count(), "tiles")
-    return Network(model.to(devices[0]), config, devices)
+    return model.to(device), config
 
 
 @torch.no_grad()
-def segment_image(network: Network, image: np.ndarray, name: Path | str, tiling: Tiling,
-                  with_probabilities: bool) -> tuple:
-    """An image (H,W,C) -> the class of each pixel, (H,W) uint8, and the probability of each class, (L,H,W) float16.
+def segment_image(model: DecomposedUNet, image: np.ndarray, name: Path | str, tiling: Tiling, config: dict,
+                  devices: list, probabilities: bool) -> np.ndarray:
+    """An image (H,W,C) -> the class of each pixel, (H,W) uint8, or the probability of each class, (L,H,W) float16.
 
-    with_probabilities: otherwise there are none (None). DataError: the image is of another kind than those of training.
+    name: of the image, for what is printed. DataError: the image is of another kind than those of training.
     """
-    model, config, devices = network
     kind = image.shape[2], str(image.dtype)
     trained = config["channels"], config["dtype"] or kind[1]
     if kind != trained:
-        raise DataError(f"{name}: channels and type are {kind}, but the network was trained on {trained}; bring it to the "
-                        "same type and range")
+        raise DataError(f"{name}: channels and type are {kind}, but the network was trained on {trained}; bring it to "
+                        "the same type and range")
     remark = check_values(image, name, config)
     if remark:
         print(remark)
@@ -121,16 +111,13 @@ def segment_image(network: Network, image: np.ndarray, name: Path | str, tiling:
 
     def reduce_tile(i: int, logits: Tensor) -> Tensor:
         progress.show(i + 1)
-        if with_probabilities:
+        if probabilities:
             return logits.float().softmax(dim=1).half().cpu()
         return logits.argmax(dim=1).byte()
 
     images = torch.from_numpy(image).permute(2, 0, 1)[None]
     tiles = run_tiles(model, images, tiling, devices, config, reduce_tile)
-    found = tiling.stitch(tiles, "cpu")[0].numpy()
-    if with_probabilities:
-        return found.argmax(axis=0).astype(np.uint8), found  # the class of what is written, also where two are equal
-    return found, None
+    return tiling.stitch(tiles, "cpu")[0].numpy()
 
 
 # Finding the images and their true masks
@@ -140,7 +127,7 @@ def find_images(named: list[Path], out: Path) -> list:
 
     The name is that of the results: the path of the image in the folder that was named, without the suffix.
 
-    DataError: there is no image, or a folder of masks beside them, or a folder holds `out`.
+    DataError: a folder holds `out`; see also `find_files`.
     """
     images = []
     for path in named:
@@ -148,20 +135,17 @@ def find_images(named: list[Path], out: Path) -> list:
             images.append((name_of(Path(path.name)), path))
             continue
         if out.resolve().is_relative_to(path.resolve()):
-            raise DataError(f"--out {out}: is inside {path}, where the masks would be taken for images; name another --out")
+            raise DataError(f"--out {out}: is inside {path}, where the masks would be taken for images; name another "
+                            "--out")
         images += find_files(path).items()
-    for name, path in images:
-        if "masks" in Path(name).parent.parts:
-            raise DataError(f"{path}: is in a folder of masks; name the folder of the images alone")
-    if not images:
-        raise DataError(f"{named[0]}: holds no PNG, JPEG, TIFF, PPM, PGM or .npy, also in its subfolders; name another folder")
     return images
 
 
 def find_truths(images: list, masks: Path, classes: int) -> dict[str, Path]:
     """The files in the folder `masks` by their names. images: as `find_images` returns them.
 
-    DataError: the mask of one of these images is missing or cannot be used, or all of them together hold 0 and 255 alone.
+    DataError: the mask of one of these images is missing or cannot be used, or all of them together hold 0 and 255
+    alone.
     """
     found = find_files(masks)
     pixels = Counter()
@@ -176,8 +160,9 @@ def find_truths(images: list, masks: Path, classes: int) -> dict[str, Path]:
 
 # Writing
 
-def write(content: np.ndarray | Image.Image, path: Path):
-    """Writes an array or a picture. DataError: the file is there already."""
+def write(content: np.ndarray | Image.Image, name: str):
+    """Writes an array or a picture to the file of this name. DataError: it is there already."""
+    path = Path(name)
     if path.exists():
         raise DataError(f"{path}: is there already; rename one of the two images")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -206,83 +191,79 @@ def write_scores(counts: dict[str, Tensor], classes: list[str], path: Path):
     each = {name: scores(count, classes) for name, count in counts.items()}
     write_json(path, {"all": together, "images": each})
     print("\nIoU of all these images together:")
-    for line in report(together):
-        print(line)
+    print_scores(together)
 
 
 # The command
 
-def predict_image(network: Network, name: str, path: Path, truth_path: Path | None, asked: argparse.Namespace):
+def predict_image(model: DecomposedUNet, config: dict, devices: list, name: str, path: Path, truth_path: Path | None,
+                  asked: argparse.Namespace) -> Tensor | None:
     """Writes the files of one image, which are named `name`. asked: the options.
 
-    Returns the confusion (2,L,L) with the true mask, or None if there is none. DataError: one of the two cannot be used.
+    Returns the confusion (2,L,L) with the true mask, or None if there is none. DataError: one of the two cannot be
+    used.
     """
-    config = network.config
     if truth_path:
         image, truth = ImageFolder([(path, truth_path)]).read(0)
     else:
         image = read_image(path)
-    turned, _ = read_header(path)
-    if turned:
-        warn_once("images are turned as their EXIF data says, and so are their masks")
     tiling = build_tiling(config, image.shape[:2], asked.grid)
-    mask, probabilities = segment_image(network, image, path, tiling, asked.probabilities)
-    counts = None
-    if truth_path:
-        counts = score(mask, truth.astype(np.uint8), tiling, len(config["classes"]))
+    out = asked.out / name
+    mask = segment_image(model, image, path, tiling, config, devices, asked.probabilities)
     if asked.probabilities:
-        write(probabilities, asked.out / f"{name}-probabilities.npy")
-    write(plots.overlay(image, mask, config["colors"]), asked.out / f"{name}-overlay.png")
+        write(mask, f"{out}-probabilities.npy")
+        mask = mask.argmax(axis=0).astype(np.uint8)
+    write(plots.overlay(image, mask, config["colors"]), f"{out}-overlay.png")
     if path.suffix.lower() == ".npy":
-        write(mask, asked.out / f"{name}.npy")
+        write(mask, f"{out}.npy")
     else:
-        write(plots.with_palette(mask, config["colors"]), asked.out / f"{name}.png")
+        write(plots.with_palette(mask, config["colors"]), f"{out}.png")
     show_progress("")
     print(f"{path} is done, number of tiles: {len(tiling)}", flush=True)
-    return counts
+    if truth_path:
+        return score(mask, truth.astype(np.uint8), tiling, len(config["classes"]))
 
 
-def predict_all(asked: argparse.Namespace, prog: str):
+def predict_all(asked: argparse.Namespace):
     """Predicts one image after the other, and says in one line why one cannot be. Ends the program if one cannot.
 
-    prog: its name. UserError, OSError: it cannot begin.
+    UserError, OSError: it cannot begin.
     """
-    network = load_network(asked.checkpoint, asked.gpus, asked.amp)
-    classes = network.config["classes"]
-    images = find_images(asked.images, asked.out or Path("predictions"))
+    devices = processes.find_devices(asked.gpus or torch.cuda.device_count(), "tiles")
+    model, config = load_network(asked.checkpoint, devices[0], asked.amp)
+    images = find_images(asked.images, asked.out)
     truths = {}
     if asked.masks:
-        truths = find_truths(images, asked.masks, len(classes))
-    if asked.out:
-        asked.out.mkdir(parents=True)  # FileExistsError: nothing is to be overwritten
-    else:
-        asked.out = new_folder("predictions")
+        truths = find_truths(images, asked.masks, len(config["classes"]))
+    asked.out.mkdir(parents=True)  # FileExistsError: nothing is to be overwritten
     counts = {}
     try:
         for name, path in images:
             try:
-                counts[name] = predict_image(network, name, path, truths.get(name), asked)
-            except BrokenPipeError:
-                raise
+                counts[name] = predict_image(model, config, devices, name, path, truths.get(name), asked)
             except Exception as error:  # whatever is wrong with one image, the others are done
-                reason = error if isinstance(error, UserError) else f"{path}: {error}"
-                if processes.is_out_of_memory(error):
+                reason = f"{path}: {error}"
+                if isinstance(error, UserError):
+                    reason = error
+                elif processes.is_out_of_memory(error):
                     reason = f"{path}: out of memory; take a --grid of more tiles"
                 show_progress("")
-                print(f"{prog}: error: {reason}", file=sys.stderr)
+                print(f"error: {reason}", file=sys.stderr)
     finally:  # also after Ctrl-C
         if truths and counts:
-            write_scores(counts, classes, asked.out / "metrics.json")
+            write_scores(counts, config["classes"], asked.out / "metrics.json")
         print(f"{len(counts)} of {len(images)} images are done, see {asked.out}")
+    if not counts:
+        sys.exit(2)
     if len(counts) < len(images):
-        sys.exit(1 if counts else 2)
+        sys.exit(1)
 
 
 def main(arguments: list[str] | None = None):
     parser = make_parser()
     asked = parser.parse_args(arguments)
     with one_line_errors(parser):
-        predict_all(asked, parser.prog)
+        predict_all(asked)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from support import checkpoints, plots, processes
 from support.datasets import check_unchanged, describe
 from support.model import load_model, weights_to_begin_with
 from support.options import Diverged, UserError, parse, show_progress, tiles_each
-from support.scores import report
+from support.scores import print_scores
 
 
 # How a run begins, or goes on
@@ -268,6 +268,5 @@ class Run:
     def print_result(self, metrics: dict):
         epoch = self.best["epoch"]  # 0: before training
         print(f"\ntest IoU of the best epoch, {epoch}, in {metrics['seconds']:.0f} seconds:")
-        for line in report(metrics["test"]):
-            print(line)
+        print_scores(metrics["test"])
         print(f"See {self.out}")

@@ -62,7 +62,7 @@ def mean_iou(counts: Tensor) -> float:
 def scores(counts: Tensor, classes: list[str]) -> dict:
     """(2,L,L) counts -> IoU of all pixels, and mean IoU of those near seams and of those away from them.
 
-    And how many pixels of each class there are in the true masks and in the predicted ones.
+    And how many pixels of each class there are in the true masks.
     """
     away, near = counts
     everywhere = away + near
@@ -71,18 +71,14 @@ def scores(counts: Tensor, classes: list[str]) -> dict:
         "iou": dict(zip(classes, iou(everywhere).tolist())),
         "seam": {"mean_iou_border": mean_iou(near), "mean_iou_interior": mean_iou(away)},
         "true_pixels": dict(zip(classes, everywhere.sum(dim=1).tolist())),
-        "predicted_pixels": dict(zip(classes, everywhere.sum(dim=0).tolist())),
     }
 
 
-def report(found: dict) -> list[str]:
-    """Lines that tell the IoU of each class, and what it does not show. found: what `scores` returned."""
-    lines = [f"  {name:12} {value:.4f}" for name, value in found["iou"].items()]
-    lines.append(f"  {'mean':12} {found['mean_iou']:.4f}")
+def print_scores(found: dict):
+    """Prints the IoU of each class, and what it does not show. found: what `scores` returned."""
+    for name, value in found["iou"].items():
+        print(f"  {name:12} {value:.4f}")
+    print(f"  {'mean':12} {found['mean_iou']:.4f}")
     for name, pixels in found["true_pixels"].items():
         if pixels == 0:
-            lines.append(f"the true masks hold no {name}, so the mean IoU says nothing about that")
-        elif found["predicted_pixels"][name] == 0:
-            lines.append(f"never predicted, although the true masks hold it: {name}; more --epochs or a larger weight of "
-                         "this class (--class-weights) may help")
-    return lines
+            print(f"the true masks hold no {name}, so the mean IoU says nothing about that")
