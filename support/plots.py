@@ -19,12 +19,16 @@ def draw_curves(path: Path, rows: list[dict], classes: list[str], colors: list):
     epochs = column(rows, "epoch")
     figure = Figure(figsize=(9, 3.2), layout="constrained")
     left, right = figure.subplots(1, 2)
-    left.plot(epochs, column(rows, "train_loss"), "o-", label="train loss")
-    left.plot(epochs, column(rows, "val_loss"), "o-", label="val loss")
-    left.set(ylabel="loss", yscale="log")
+    for split in ("train", "val"):
+        losses = column(rows, f"{split}_loss")
+        left.plot(epochs, losses, "o-", label=f"{split} loss")
+    left.set_ylabel("loss")
+    left.set_yscale("log")
     for name, color in zip(classes, colors):
-        right.plot(epochs, column(rows, f"val_iou_{name}"), "o-", label=label_of(name), color=color)
-    right.set(ylabel="validation IoU", ylim=(0, 1.02))
+        scores = column(rows, f"val_iou_{name}")
+        right.plot(epochs, scores, "o-", label=label_of(name), color=color)
+    right.set_ylabel("validation IoU")
+    right.set_ylim(0, 1.02)
     for axes in (left, right):
         axes.set_xlabel("epoch")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
@@ -56,9 +60,11 @@ def draw_predictions(path: Path, columns: dict[str, list], boxes: list, classes:
     boxes: for each row of the table, the (top, bottom, left, right) of every tile, in pixels of its pictures.
     """
     rows = len(boxes)
-    height, width = list(columns.values())[0][0].shape[-2:]  # of the first picture, as which the others mostly are
-    row_height = 2.5 * min(height / width, 3)  # in inches
-    figure = Figure(figsize=(2.5 * len(columns), row_height * rows + 1), layout="compressed")
+    first = list(columns.values())[0][0]
+    height, width = first.shape[-2:]
+    row_height = 2.5 * min(height / width, 3)  # in inches, as are the pictures 2.5 wide
+    size = (2.5 * len(columns), row_height * rows + 1)
+    figure = Figure(figsize=size, layout="compressed")
     table = figure.subplots(rows, len(columns), squeeze=False)
     for j, title in enumerate(columns):
         table[0, j].set_title(title)
@@ -66,8 +72,14 @@ def draw_predictions(path: Path, columns: dict[str, list], boxes: list, classes:
             show(table[i, j], columns[title][i], boxes[i], colors)
     patches = []
     for name, color in zip(classes, colors):
-        patches.append(Patch(color=color, label=label_of(name), ec="gray"))
-    figure.legend(handles=patches, loc="outside lower center", ncols=4, frameon=False)
+        patch = Patch(color=color, label=label_of(name), ec="gray")
+        patches.append(patch)
+    figure.legend(
+        handles=patches,
+        loc="outside lower center",
+        ncols=4,
+        frameon=False,
+    )
     save(figure, path)
 
 
@@ -78,10 +90,10 @@ def show(axes, picture, boxes: Sequence, colors: list):
     """
     picture = np.asarray(picture)
     if picture.ndim == 3:
-        axes.imshow(visible(picture))
+        picture = visible(picture)
     else:
-        picture = with_palette(picture, colors).convert("RGB")
-        axes.imshow(picture, interpolation="nearest")
+        picture = paint(picture, colors)
+    axes.imshow(picture, interpolation="nearest")
     for top, _, left, _ in boxes:
         axes.axhline(top - 0.5, color="tab:red", linewidth=0.7)
         axes.axvline(left - 0.5, color="tab:red", linewidth=0.7)
@@ -114,11 +126,17 @@ def save(figure: Figure, path: Path):
 
 # Pictures of one image, pixel by pixel
 
+def paint(mask: np.ndarray, colors: list) -> np.ndarray:
+    """Class indices (H,W) -> their colours (H,W,3), from 0 to 1. All other indices are grey."""
+    palette = np.full((256, 3), 0.5)
+    palette[:len(colors)] = colors
+    return palette[mask]
+
+
 def with_palette(mask: np.ndarray, colors: list) -> Image.Image:
-    """A picture that holds class indices (H,W) and shows colours; all other indices are grey."""
-    picture = Image.fromarray(mask.astype(np.uint8))
-    palette = np.full((256, 3), 128, np.uint8)
-    palette[:len(colors)] = np.rint(255 * np.array(colors))
+    """A picture that holds class indices (H,W) and shows colours."""
+    picture = Image.fromarray(mask)
+    palette = np.rint(255 * np.array(colors)).astype(np.uint8)
     picture.putpalette(palette.tobytes())
     return picture
 
@@ -126,6 +144,7 @@ def with_palette(mask: np.ndarray, colors: list) -> Image.Image:
 def overlay(image: np.ndarray, mask: np.ndarray, colors: list) -> Image.Image:
     """An image (H,W,C), half covered by the colours of its classes (H,W); at most 2048 pixels on a side."""
     step = downsampling(mask.shape, 2048)
-    below = 255 * visible(image[::step, ::step].transpose(2, 0, 1))
-    above = with_palette(mask[::step, ::step], colors).convert("RGB")
-    return Image.blend(Image.fromarray(below.astype(np.uint8)), above, 0.5)
+    below = visible(image[::step, ::step].transpose(2, 0, 1))
+    above = paint(mask[::step, ::step], colors)
+    picture = 255 * (below + above) / 2
+    return Image.fromarray(picture.astype(np.uint8))

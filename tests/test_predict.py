@@ -74,6 +74,12 @@ def read_json(path):
     return json.loads(path.read_text())
 
 
+@pytest.fixture
+def out(tmp_path):
+    """Where the results go."""
+    return tmp_path / "out"
+
+
 def files_below(folder) -> set[str]:
     return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
 
@@ -91,46 +97,44 @@ def logits_by_hand(checkpoint, image, grid=None):
         return tiling.stitch(model(tiles, tiling))[0]
 
 
-def test_a_mask_is_what_the_network_says_and_shows_the_colours_of_its_classes(grey, tmp_path):
-    image = random_image((70, 133), channels=1)
+def test_a_mask_is_what_the_network_says_and_the_overlay_the_image_under_its_colours(grey, out, tmp_path):
+    image = random_image((8, 5000), channels=1)  # of which an overlay shows at most 2048 pixels: every third
     path = save(tmp_path / "a.png", image)
-    assert run(grey, path, "--no-amp", "--out", tmp_path / "out", "--grid", "3x2") == 0
-    with Image.open(tmp_path / "out/a.png") as picture:
+    assert run(grey, path, "--no-amp", "--out", out) == 0
+    with Image.open(out / "a.png") as picture:
         mask = np.array(picture)
         shown = np.array(picture.convert("RGB"))
-    expected = logits_by_hand(grey, image, (3, 2)).argmax(dim=0).numpy()
+    expected = logits_by_hand(grey, image).argmax(dim=0).numpy()
     assert len(np.unique(expected)) == 3
     assert np.array_equal(mask, expected)
     assert np.array_equal(shown, 255 * np.array(COLORS)[mask])
-    assert files_below(tmp_path / "out") == {"a.png", "a-overlay.png"}
+    overlay = read_picture(out / "a-overlay.png")
+    half_covered = (image[::3, ::3, None] + shown[::3, ::3].astype(float)) / 2
+    np.testing.assert_allclose(overlay, half_covered, rtol=0, atol=1)
+    assert files_below(out) == {"a.png", "a-overlay.png"}
 
 
 @pytest.mark.parametrize("suffix, read, overlap", [(".png", read_picture, 0), (".npy", np.load, 8)])
-def test_probabilities_are_what_the_network_says_and_the_mask_is_their_largest(suffix, read, overlap, tmp_path):
+def test_probabilities_are_what_the_network_says_and_the_mask_is_their_largest(suffix, read, overlap, out, tmp_path):
     network = make_network(tmp_path / "best.pt", overlap=overlap)
     image = random_image((70, 133), channels=1)
     path = save(tmp_path / f"a{suffix}", image)
-    assert run(network, path, "--probabilities", "--no-amp", "--out", tmp_path / "out", "--grid", "3x2") == 0
-    probabilities = np.load(tmp_path / "out/a-probabilities.npy")
+    assert run(network, path, "--probabilities", "--no-amp", "--out", out, "--grid", "3x2") == 0
+    probabilities = np.load(out / "a-probabilities.npy")
     assert probabilities.dtype == np.float16
     expected = logits_by_hand(network, image, grid=(3, 2)).softmax(dim=0).numpy()
     assert expected.std() > 0.05
     np.testing.assert_allclose(probabilities, expected, rtol=0, atol=ROUNDING)
-    mask = read(tmp_path / f"out/a{suffix}")
+    mask = read(out / f"a{suffix}")
     assert mask.dtype == np.uint8
     assert np.array_equal(mask, probabilities.argmax(axis=0))
 
 
-def test_the_overlay_is_the_image_half_covered_by_the_colours_of_its_classes(grey, tmp_path):
-    image = random_image((8, 5000), channels=1)  # of which at most 2048 pixels are shown: every third
-    run(grey, save(tmp_path / "a.png", image), "--out", tmp_path / "out")
-    mask = read_picture(tmp_path / "out/a.png")
-    expected = (image[::3, ::3, None] + 255.0 * np.array(COLORS)[mask[::3, ::3]]) / 2
-    overlay = read_picture(tmp_path / "out/a-overlay.png")
-    np.testing.assert_allclose(overlay, expected, rtol=0, atol=1)
-
-
-@pytest.mark.parametrize("asked, in_hardware, computed", [(None, False, False), (None, True, True), (True, False, True)])
+@pytest.mark.parametrize("asked, in_hardware, computed", [
+    (None, False, False),
+    (None, True, True),
+    (True, False, True),
+])
 def test_bfloat16_is_used_where_the_machine_has_it_whatever_the_checkpoint_says(asked, in_hardware, computed, tmp_path,
                                                                                monkeypatch):
     network = make_network(tmp_path / "best.pt", amp=not computed)
@@ -156,7 +160,7 @@ def test_an_array_on_disk_is_read_tile_by_tile(tmp_path):
     tiling = build_tiling(config, (1024, 1024), grid=(8, 8))
     with LiveMemory() as memory:
         predict.segment_image(model, image, "a.npy", tiling, config, [CPU], probabilities=False)
-    assert memory.peak["cpu"] < 2 * image.nbytes  # with the image itself, which is counted, but not read
+    assert memory.peak["cpu"] < 3 * image.nbytes  # in a single tile 14 times; the array itself is counted, but not read
 
 
 def test_a_large_image_is_cut_into_tiles_no_larger_than_in_training_unless_those_are_small():
@@ -168,15 +172,15 @@ def test_a_large_image_is_cut_into_tiles_no_larger_than_in_training_unless_those
 
 # From Python
 
-def test_segment_gives_what_predict_writes_for_the_same_file(deep, tmp_path, capsys):
+def test_segment_gives_what_predict_writes_for_the_same_file(deep, out, tmp_path, capsys):
     image = RNG.integers(0, 2**16, (70, 133)).astype(np.uint16)
     path = save(tmp_path / "a.png", image)
     run(deep, path, "--probabilities", "--out", tmp_path / "probable")
-    run(deep, path, "--out", tmp_path / "out")
+    run(deep, path, "--out", out)
     capsys.readouterr()
     mask = predict.segment(str(deep), image)
     assert len(np.unique(mask)) == 3
-    assert np.array_equal(mask, read_picture(tmp_path / "out/a.png"))
+    assert np.array_equal(mask, read_picture(out / "a.png"))
     probabilities = predict.segment(deep, image[::-1][::-1, :, None], probabilities=True)
     assert np.array_equal(probabilities, np.load(tmp_path / "probable/a-probabilities.npy"))
     assert capsys.readouterr().out == ""
@@ -210,29 +214,26 @@ def scans(tmp_path):
     return tmp_path / "scans"
 
 
-def test_masks_of_a_folder_keep_its_tree_and_those_of_files_go_by_their_names(grey, scans):
-    out = scans.with_name("out")
-    assert run(grey, scans / "2021", scans / "2020/tile.png", "--out", out / "some") == 1  # of two "tile" the first
-    assert run(grey, scans, "--out", out / "all") == 0
+def test_masks_of_a_folder_keep_its_tree_and_that_of_a_file_goes_by_its_name(grey, scans, out):
+    assert run(grey, scans, scans / "2021/tile.png", "--out", out) == 0
     assert files_below(out) == {
-        "some/tile.png", "some/tile-overlay.png",
-        "some/north/other.npy", "some/north/other-overlay.png",
-        "all/2020/tile.png", "all/2020/tile-overlay.png",
-        "all/2021/tile.png", "all/2021/tile-overlay.png",
-        "all/2021/north/other.npy", "all/2021/north/other-overlay.png",
+        "2020/tile.png", "2020/tile-overlay.png",
+        "2021/tile.png", "2021/tile-overlay.png",
+        "2021/north/other.npy", "2021/north/other-overlay.png",
+        "tile.png", "tile-overlay.png",
     }
-    first = read_picture(out / "some/tile.png")
-    assert np.array_equal(first, read_picture(out / "all/2021/tile.png"))
-    assert not np.array_equal(first, read_picture(out / "all/2020/tile.png"))
+    mask = read_picture(out / "tile.png")
+    assert np.array_equal(mask, read_picture(out / "2021/tile.png"))
+    assert not np.array_equal(mask, read_picture(out / "2020/tile.png"))
 
 
-def test_of_two_results_with_the_same_name_the_second_is_refused(grey, tmp_path, capsys):
+def test_of_two_results_with_the_same_name_the_second_is_refused(grey, out, tmp_path, capsys):
     image = random_image((32, 32), channels=1)
     save(tmp_path / "images/tile-overlay.png", image)
     save(tmp_path / "images/tile.png", image)
-    assert run(grey, tmp_path / "images", "--out", tmp_path / "out") == 1
+    assert run(grey, tmp_path / "images", "--out", out) == 1
     assert "out/tile-overlay.png: is there already; rename one of the two images" in capsys.readouterr().err
-    assert read_picture(tmp_path / "out/tile-overlay.png").shape == (32, 32)  # the mask, and not the overlay in colours
+    assert read_picture(out / "tile-overlay.png").shape == (32, 32)  # the mask, and not the overlay in colours
 
 
 def test_masks_do_not_go_where_they_would_be_taken_for_images_also_through_a_link(scans, grey, capsys):
@@ -250,13 +251,13 @@ def mask_with_unknown_pixels(size):
     return RNG.choice([0, 1, 2, 255], size).astype(np.uint8)
 
 
-def test_scores_of_predictions_are_those_of_an_evaluation(grey, tmp_path, capsys):
+def test_scores_of_predictions_are_those_of_an_evaluation(grey, out, tmp_path, capsys):
     image = save(tmp_path / "images/a.png", random_image((32, 32), channels=1))
     mask = save(tmp_path / "masks/a.PNG", mask_with_unknown_pixels((32, 32)))
     image_below = save(tmp_path / "images/north/b.npy", random_image((70, 133), channels=1))
     mask_below = save(tmp_path / "masks/north/b.npy", mask_with_unknown_pixels((70, 133)).astype(np.int64))
-    assert run(grey, tmp_path / "images", "--masks", tmp_path / "masks", "--out", tmp_path / "out", "--no-amp") == 0
-    found = read_json(tmp_path / "out/metrics.json")
+    assert run(grey, tmp_path / "images", "--masks", tmp_path / "masks", "--out", out, "--no-amp") == 0
+    found = read_json(out / "metrics.json")
     model, config = load_model(grey)
 
     def assert_evaluated(part, *pairs):
@@ -265,11 +266,8 @@ def test_scores_of_predictions_are_those_of_an_evaluation(grey, tmp_path, capsys
         assert part == json.loads(json.dumps(expected).replace("NaN", "null"))
 
     assert_evaluated(found["all"], (image, mask), (image_below, mask_below))
-    assert_evaluated(found["images"]["a"], (image, mask))
     assert_evaluated(found["images"]["north/b"], (image_below, mask_below))
-    said = capsys.readouterr().out
-    for name, iou in found["all"]["iou"].items():
-        assert f"  {name:12} {iou:.4f}\n" in said
+    assert f"  mean         {found['all']['mean_iou']:.4f}\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name, values, message", [
@@ -277,21 +275,14 @@ def test_scores_of_predictions_are_those_of_an_evaluation(grey, tmp_path, capsys
     ("a.png", [0, 255], "{masks}: the masks know a single class, 0; save the others as 1"),
     ("a.png", [0, 7], "{masks}/a.png: holds the value 7, but a mask holds the classes 0 to 2"),
 ])
-def test_true_masks_that_cannot_be_used_are_refused_before_anything_is_computed(name, values, message, grey, tmp_path,
-                                                                               capsys):
+def test_true_masks_that_cannot_be_used_are_refused_before_anything_is_computed(name, values, message, grey, out,
+                                                                               tmp_path, capsys):
     image = save_black(tmp_path / "a.png")
     masks = tmp_path / "masks"
     save(masks / name, RNG.choice(values, (32, 32)).astype(np.uint8))
-    assert run(grey, image, "--masks", masks, "--out", tmp_path / "out") == 2
+    assert run(grey, image, "--masks", masks, "--out", out) == 2
     assert message.format(masks=masks) in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
-
-
-def test_a_true_mask_of_another_size_is_named(grey, tmp_path, capsys):
-    image = save_black(tmp_path / "a.png")
-    save(tmp_path / "masks/a.png", random_mask((32, 31)))
-    assert run(grey, image, "--masks", tmp_path / "masks", "--out", tmp_path / "out") == 2
-    assert "but its mask is (32, 31); height and width must be equal" in capsys.readouterr().err
+    assert not out.exists()
 
 
 # What is broken, and what is stopped
@@ -317,30 +308,23 @@ def three(tmp_path):
     return tmp_path
 
 
-@pytest.mark.parametrize("error, message", [
-    (MemoryError(), "b.png: out of memory; take a --grid of more tiles"),
-    (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), "b.png: out of memory"),
-    (OSError(28, "No space left on device", "somewhere"), "b.png: [Errno 28] No space left on device: 'somewhere'"),
-    (SyntaxError("not a TIFF file"), "b.png: not a TIFF file"),  # what Pillow says of a broken EXIF
+@pytest.mark.parametrize("letter, error, status, message", [
+    ("b", MemoryError(), 1, "b.png: out of memory; take a --grid of more tiles"),
+    ("b", RuntimeError("[enforce fail] DefaultCPUAllocator: no memory"), 1, "b.png: out of memory"),
+    ("b", OSError(28, "No space left on device", "NAME"), 1, "b.png: [Errno 28] No space left on device: 'NAME'"),
+    ("b", SyntaxError("not a TIFF file"), 1, "b.png: not a TIFF file"),  # what Pillow says of a broken EXIF
+    ("c", KeyboardInterrupt(), 130, "stopped"),
 ])
-def test_what_is_wrong_with_one_image_is_one_line_and_the_others_are_scored(error, message, grey, three, monkeypatch,
-                                                                           capsys):
-    stop_at("b", error, monkeypatch)
-    assert run(grey, three / "images", "--masks", three / "masks", "--out", three / "out") == 1
+def test_what_stops_one_image_is_one_line_and_the_others_are_scored(letter, error, status, message, grey, three, out,
+                                                                    monkeypatch, capsys):
+    stop_at(letter, error, monkeypatch)
+    assert run(grey, three / "images", "--masks", three / "masks", "--out", out) == status
     said = capsys.readouterr()
-    assert said.err.count("\n") == 1
-    assert f"error: {three}/images/{message}" in said.err
-    assert "2 of 3 images are done" in said.out
-    assert read_json(three / "out/metrics.json")["images"].keys() == {"a", "c"}
-    assert files_below(three / "out") == {"a.png", "a-overlay.png", "c.png", "c-overlay.png", "metrics.json"}
-
-
-def test_ctrl_c_keeps_what_is_done_and_its_scores(grey, three, monkeypatch, capsys):
-    stop_at("c", KeyboardInterrupt, monkeypatch)
-    assert run(grey, three / "images", "--masks", three / "masks", "--out", three / "out") == 130
-    assert f"2 of 3 images are done, see {three / 'out'}" in capsys.readouterr().out
-    assert read_json(three / "out/metrics.json")["images"].keys() == {"a", "b"}
-    assert files_below(three / "out") == {"a.png", "a-overlay.png", "b.png", "b-overlay.png", "metrics.json"}
+    assert message in said.err
+    assert said.err.strip().count("\n") == 0
+    assert f"2 of 3 images are done, see {out}" in said.out
+    assert read_json(out / "metrics.json")["images"].keys() == {"a", "b", "c"} - {letter}
+    assert len(files_below(out)) == 5  # metrics.json, and two for each image that is done
 
 
 def save_good_and_bad_images(folder):
@@ -371,21 +355,7 @@ def test_bad_input_ends_with_one_line_and_status_2(name, options, message, grey,
     assert files_below(tmp_path) == before
 
 
-def test_an_empty_folder_is_no_success(grey, tmp_path, capsys):
+def test_an_empty_folder_is_no_success(grey, out, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
-    assert run(grey, tmp_path / "empty", "--out", tmp_path / "out") == 2
+    assert run(grey, tmp_path / "empty", "--out", out) == 2
     assert "0 of 0 images are done" in capsys.readouterr().out
-
-
-def test_numbers_far_from_those_of_training_and_missing_ones_are_told(tmp_path, capsys):
-    network = make_network(tmp_path / "best.pt", dtype="float32")
-    missing = np.full((32, 32), 0.5, np.float32)
-    missing[:5] = np.nan
-    save(tmp_path / "images/missing.npy", missing)
-    save(tmp_path / "images/other.npy", 255 * RNG.random((32, 32)).astype(np.float32))
-    save(tmp_path / "images/usual.npy", RNG.random((32, 32)).astype(np.float32))
-    assert run(network, tmp_path / "images", "--out", tmp_path / "out") == 0
-    said = capsys.readouterr().out
-    assert "missing.npy: holds nan or inf; nan is taken as the mean of the training images" in said
-    assert "other.npy: numbers far from those of training: in channel 0 the mean is" in said
-    assert said.count("training") == 2

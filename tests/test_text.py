@@ -7,6 +7,7 @@ import sys
 
 import numpy as np
 import pytest
+from matplotlib.cbook import is_math_text
 from test_folder import make_folder, random_image, save
 from test_predict import read_json, run
 
@@ -15,7 +16,7 @@ from support import checkpoints, plots
 from support.options import Parser
 
 NAMES = ["US$\\AU$", "_background_", "$\\frac{1", "100 % \"sure\", Straße"]
-COLORS = ["red", "green", "blue", "black"]
+COLORS = [(1, 0, 0), (0, 1, 0), (0, 0, 1), (0, 0, 0)]
 SMALL = "--width 2 --depth 2 --comm-channels 4 --epochs 1 --batch-size 4 --grid 2x2".split()
 
 
@@ -33,11 +34,11 @@ def drawn(monkeypatch):
 
 
 def names_in(legend):
-    """Its names, if none of them is drawn as a formula."""
+    """Its names as they are drawn, if none of them is taken for a formula."""
     names = []
     for text in legend.get_texts():
-        assert not text.get_parse_math()
-        names.append(text.get_text())
+        assert not is_math_text(text.get_text())
+        names.append(text.get_text().strip().replace("\\$", "$"))
     return names
 
 
