@@ -1,4 +1,3 @@
-import json
 import os
 import subprocess
 import sys
@@ -59,6 +58,13 @@ def training_step(tiling, devices=(CPU,), **changes) -> tuple[torch.Tensor, torc
     return loss.detach(), model
 
 
+def number_of_parameters(module: torch.nn.Module) -> int:
+    total = 0
+    for weight in module.parameters():
+        total += weight.numel()
+    return total
+
+
 def gradients_of(model: torch.nn.Module) -> list[torch.Tensor]:
     return [weight.grad for weight in model.parameters()]
 
@@ -71,72 +77,43 @@ def assert_all_close(tensors, expected, tolerance: float):
 
 # All tests run in two processes, as most of them need one core only
 
-class Reports:
-    """Of the second process: what it has to report is kept, and left in a file when all tests have run."""
-
-    def __init__(self, config):
-        self.config = config
-        self.reports = []
-
-    def pytest_runtest_logreport(self, report):
-        self.reports.append(self.config.hook.pytest_report_to_serializable(config=self.config, report=report))
-
-    def pytest_sessionfinish(self, exitstatus):
-        stopped = exitstatus in (pytest.ExitCode.INTERRUPTED, pytest.ExitCode.INTERNAL_ERROR)
-        if not stopped:
-            self.config.option.reports.write_text(json.dumps(self.reports))
-
-
 def pytest_addoption(parser):
-    parser.addoption("--reports", type=Path, help="given to the second process: the file for its reports")
-
-
-def pytest_configure(config):
-    if config.option.reports:
-        config.pluginmanager.register(Reports(config))
-
-
-def half_of(items, number: int) -> list:
-    """The tests of every other file. number: 0 or 1. Sorted by size, the halves need about as long."""
-    files = sorted({item.path for item in items}, key=lambda path: (path.stat().st_size, path))
-    return [item for item in items if item.path in files[number::2]]
+    parser.addoption("--second-half", action="store_true", help="given to the second process: its half of the tests")
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtestloop(session):
-    """Runs the tests. The first process starts the second one, and in the end reports what that has
-    found as if it were its own. Where files are named, and with --pdb, there is one process only, and
-    where pytest-xdist is installed, its option -n does the same."""
+    """Runs the tests of every other file. The first process starts the second one, and in the end prints what that has
+    printed. Where files are named, and with --pdb, there is one process only, and where pytest-xdist is installed, its
+    option -n does the same."""
     config = session.config
     files_are_named = config.args_source is pytest.Config.ArgsSource.ARGS
     has_xdist = config.pluginmanager.hasplugin("xdist")
     if files_are_named or config.option.collectonly or config.option.usepdb or has_xdist:
         return (yield)
-    if config.option.reports:
-        session.items = half_of(session.items, 1)
+    files = {item.path for item in session.items}
+    files = sorted(files, key=lambda path: (path.stat().st_size, path))  # so that the halves need about as long
+    number = int(config.option.second_half)
+    half = files[number::2]
+    session.items = [item for item in session.items if item.path in half]
+    if config.option.second_half:
         return (yield)
 
-    session.items = half_of(session.items, 0)
-    with tempfile.TemporaryDirectory() as folder:
-        reports = Path(folder, "reports.json")
-        output = Path(folder, "output.txt")
-        command = [sys.executable, "-m", "pytest", *config.invocation_params.args, "--reports", reports]
-        with open(output, "w") as file:
-            second = subprocess.Popen(command, stdout=file, stderr=file)
+    with tempfile.TemporaryFile("w+") as output:
+        command = [sys.executable, "-m", "pytest", *config.invocation_params.args, "--second-half"]
+        second = subprocess.Popen(command, stdout=output, stderr=output)
         try:
             result = yield
         except BaseException:  # Ctrl-C, or a failure with -x
             second.terminate()
-            second.wait()
             raise
-        second.wait()
-        if not reports.exists():
-            pytest.exit(f"the second process of the tests was stopped:\n{output.read_text()}", returncode=1)
-        for data in json.loads(reports.read_text()):
-            report = config.hook.pytest_report_from_serializable(config=config, data=data)
-            if report.when == "setup":
-                config.hook.pytest_runtest_logstart(nodeid=report.nodeid, location=report.location)
-            config.hook.pytest_runtest_logreport(report=report)
+        finally:
+            second.wait()
+        output.seek(0)
+        print(f"\n\nThe second process:\n{output.read()}\nThe first process:")
+    if second.returncode != 0:
+        session.testsfailed += 1
+        session.shouldfail = "tests of the second process have failed, see above"
     return result
 
 

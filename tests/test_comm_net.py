@@ -1,14 +1,8 @@
 import pytest
 import torch
+from conftest import number_of_parameters
 
 from comm_net import CommNet
-
-
-def number_of_parameters(module):
-    total = 0
-    for weight in module.parameters():
-        total += weight.numel()
-    return total
 
 
 @pytest.mark.parametrize("channels, expected", [(64, 307_776), (32, 77_088)])
