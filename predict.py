@@ -76,8 +76,7 @@ def segment(checkpoint: Path | str, array: np.ndarray, probabilities: bool = Fal
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, config = load_network(Path(checkpoint), device)
     image = np.atleast_3d(np.array(array, order="C"))  # PyTorch knows no negative strides and wants to be able to write
-    tiling = build_tiling(config, image.shape[:2])
-    return segment_image(model, image, "the array", tiling, config, [device], probabilities)
+    return segment_image(model, config, [device], image, "the array", probabilities)
 
 
 def load_network(checkpoint: Path, device: torch.device, amp: bool | None = None) -> tuple[DecomposedUNet, dict]:
@@ -87,17 +86,17 @@ def load_network(checkpoint: Path, device: torch.device, amp: bool | None = None
     """
     model, config = load_model(checkpoint)
     config["amp"] = has_bfloat16() if amp is None else amp
-    config["image_processes"] = 1  # however many trained it
     config["recompute"] = True  # one tile at a time: images may be larger than those of training
     return model.to(device), config
 
 
 @torch.no_grad()
-def segment_image(model: DecomposedUNet, image: np.ndarray, name: Path | str, tiling: Tiling, config: dict,
-                  devices: list, probabilities: bool) -> np.ndarray:
+def segment_image(model: DecomposedUNet, config: dict, devices: list, image: np.ndarray, name: Path | str,
+                  probabilities: bool, grid: tuple[int, int] | None = None) -> np.ndarray:
     """An image (H,W,C) -> the class of each pixel, (H,W) uint8, or the probability of each class, (L,H,W) float16.
 
-    name: of the image, for what is printed. DataError: the image is of another kind than those of training.
+    name: of the image, for what is printed. grid: of its tiles; None: see `build_tiling`.
+    DataError: the image is of another kind than those of training. ValueError: it cannot be cut.
     """
     kind = image.shape[2], str(image.dtype)
     trained = config["channels"], config["dtype"] or kind[1]
@@ -107,6 +106,7 @@ def segment_image(model: DecomposedUNet, image: np.ndarray, name: Path | str, ti
     remark = check_values(image, name, config)
     if remark:
         print(remark)
+    tiling = build_tiling(config, image.shape[:2], grid)
     progress = Progress(f"{name}, tile", len(tiling))
 
     def reduce_tile(i: int, logits: Tensor) -> Tensor:
@@ -207,9 +207,8 @@ def predict_image(model: DecomposedUNet, config: dict, devices: list, name: str,
         image, truth = ImageFolder([(path, truth_path)]).read(0)
     else:
         image = read_image(path)
-    tiling = build_tiling(config, image.shape[:2], asked.grid)
+    mask = segment_image(model, config, devices, image, path, asked.probabilities, asked.grid)
     out = asked.out / name
-    mask = segment_image(model, image, path, tiling, config, devices, asked.probabilities)
     if asked.probabilities:
         write(mask, f"{out}-probabilities.npy")
         mask = mask.argmax(axis=0).astype(np.uint8)
@@ -219,8 +218,9 @@ def predict_image(model: DecomposedUNet, config: dict, devices: list, name: str,
     else:
         write(plots.with_palette(mask, config["colors"]), f"{out}.png")
     show_progress("")
-    print(f"{path} is done, number of tiles: {len(tiling)}", flush=True)
+    print(f"{path} is done", flush=True)
     if truth_path:
+        tiling = build_tiling(config, mask.shape, asked.grid)
         return score(mask, truth.astype(np.uint8), tiling, len(config["classes"]))
 
 
@@ -241,6 +241,8 @@ def predict_all(asked: argparse.Namespace):
         for name, path in images:
             try:
                 counts[name] = predict_image(model, config, devices, name, path, truths.get(name), asked)
+            except BrokenPipeError:  # nobody reads what is printed any more
+                raise
             except Exception as error:  # whatever is wrong with one image, the others are done
                 reason = f"{path}: {error}"
                 if isinstance(error, UserError):

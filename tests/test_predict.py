@@ -157,9 +157,8 @@ def test_an_array_on_disk_is_read_tile_by_tile(tmp_path):
     model, config = predict.load_network(make_network(tmp_path / "best.pt", dtype="float64"), CPU, amp=False)
     save(tmp_path / "a.npy", RNG.random((1024, 1024)))
     image = read_image(tmp_path / "a.npy")
-    tiling = build_tiling(config, (1024, 1024), grid=(8, 8))
     with LiveMemory() as memory:
-        predict.segment_image(model, image, "a.npy", tiling, config, [CPU], probabilities=False)
+        predict.segment_image(model, config, [CPU], image, "a.npy", probabilities=False, grid=(8, 8))
     assert memory.peak["cpu"] < 3 * image.nbytes  # in a single tile 14 times; the array itself is counted, but not read
 
 
