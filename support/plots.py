@@ -130,7 +130,7 @@ def paint(mask: np.ndarray, colors: list) -> np.ndarray:
     """Class indices (H,W) -> their colours (H,W,3), from 0 to 1. All other indices are grey."""
     palette = np.full((256, 3), 0.5)
     palette[:len(colors)] = colors
-    return palette[mask]
+    return palette[mask.astype(int)]  # of True and False, it would take the rows instead of the colours
 
 
 def with_palette(mask: np.ndarray, colors: list) -> Image.Image:

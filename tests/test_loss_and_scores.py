@@ -174,7 +174,8 @@ def test_scores_near_seams_and_away_from_them_are_told_apart():
     predicted[..., 24:40] = 1
     tiling = Tiling((32, 64), (1, 2))
     counts = 0
-    for predicted_tile, mask_tile, near in zip(tiling.split(predicted), tiling.split(mask), near_seam_of_tiles(tiling)):
+    tiles = zip(tiling.split(predicted), tiling.split(mask), near_seam_of_tiles(tiling))
+    for predicted_tile, mask_tile, near in tiles:
         counts = counts + confusion(predicted_tile, mask_tile, near, 2)
     found = scores(counts, ["even", "odd"])
     assert found["seam"] == {"mean_iou_border": 0.25, "mean_iou_interior": 1}

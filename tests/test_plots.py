@@ -20,10 +20,14 @@ BLACK_AND_WHITE = [(0, 0, 0), (1, 1, 1)]
 @pytest.mark.parametrize("height, width", [(32, 32), (32, 256), (96, 32)])
 def test_pictures_of_any_shape_fill_their_rows(height, width, tmp_path):
     mask = np.zeros((height, width), np.uint8)
-    columns = {"image": [mask[None]] * 4, "true mask": [mask] * 4}
+    columns = {
+        "image": [mask[None]] * 4,
+        "true mask": [mask] * 4,
+    }
     boxes = [[]] * 4
     path = tmp_path / "some.png"
-    plots.draw_predictions(path, columns, boxes, ["black", "white"], BLACK_AND_WHITE)
+    names = ["black", "white"]
+    plots.draw_predictions(path, columns, boxes, names, BLACK_AND_WHITE)
     picture = matplotlib.image.imread(path)[..., :3]
     black = (picture == 0).all(axis=2)
     assert black.mean() > 0.5
@@ -48,12 +52,19 @@ def test_pixels_without_data_are_black_and_leave_the_others_their_grey(missing):
     (np.full(3, 7.0), [7 / 255] * 3),
 ])
 def test_photographs_keep_their_colours_and_images_of_any_numbers_are_drawn(image, expected):
-    np.testing.assert_allclose(plots.visible(image.reshape(3, 1, 1))[0, 0], expected)
+    image = image.reshape(3, 1, 1)
+    visible = plots.visible(image)
+    np.testing.assert_allclose(visible[0, 0], expected)
 
 
-def test_pixels_of_a_mask_that_do_not_count_are_grey():
-    painted = plots.paint(np.array([[0, 1, 255]]), BLACK_AND_WHITE)
-    assert painted[..., 0].tolist() == [[0, 1, 0.5]]
+@pytest.mark.parametrize("mask, expected", [
+    ([[0, 1, 255]], [[0, 1, 0.5]]),
+    ([[False, True]], [[0, 1]]),
+])
+def test_a_mask_has_the_colours_of_its_classes_and_grey_where_it_does_not_count(mask, expected):
+    painted = plots.paint(np.array(mask), BLACK_AND_WHITE)
+    red = painted[..., 0]
+    assert red.tolist() == expected
 
 
 def test_it_draws_whatever_backend_matplotlib_is_told_to_take(tmp_path):
