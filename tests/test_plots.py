@@ -100,7 +100,7 @@ def test_the_pictures_of_a_large_array_on_disk_take_a_part_of_its_memory(tmp_pat
     with LiveMemory() as memory:
         pictures, boxes = train.predict_some(model, images, config, [CPU])
     on_disk = image.nbytes + mask.nbytes  # counted as tensors, but not read
-    assert memory.peak["cpu"] - on_disk < image.nbytes
+    assert memory.peak["cpu"] - on_disk < 2 * image.nbytes  # in float32, the image alone would be four times as large
     (drawn_image,) = pictures["image"]
     (drawn_mask,) = pictures["true mask"]
     assert np.array_equal(drawn_image.permute(1, 2, 0), image[::3, ::3])

@@ -337,7 +337,7 @@ def save_good_and_bad_images(folder):
     ("color.png", "", "color.png: channels and type are (3, 'uint8'), but the network was trained on (1, 'uint8')"),
     ("missing.png", "", "missing.png: cannot be read ([Errno 2] No such file"),
     ("broken.png", "", "broken.png: cannot be read (cannot identify image file"),
-    ("grey.png", "--grid 99x1", "99 rows of tiles: an image of 32x32 pixels"),
+    ("grey.png", "--grid 99x1", "99x1 tiles: an image of 32x32 pixels"),
     ("grey.png", "--grid 0x2", "--grid: '0x2' is not two whole numbers of at least 1"),
     (".", "", "--out predictions: is inside ., where the masks would be taken for images"),
     ("grey.png", "--masks nowhere", "nowhere holds no mask named grey; add it"),
