@@ -56,13 +56,13 @@ def downsampling(size: Sequence[int], longest: int) -> int:
 def draw_predictions(path: Path, columns: dict[str, list], boxes: list, classes: list[str], colors: list):
     """Draws a table of pictures, with the borders between tiles as red lines.
 
-    columns: for each title the pictures below it. A picture is an image (C,H,W), or a mask (H,W) of class indices.
+    columns: for each title the pictures below it, among them "image". A picture is an image (C,H,W), or a mask (H,W) of
+    class indices.
     boxes: for each row of the table, the (top, bottom, left, right) of every tile, in pixels of its pictures.
     """
     rows = len(boxes)
-    first = list(columns.values())[0][0]
-    height, width = first.shape[-2:]
-    row_height = 2.5 * min(height / width, 3)  # in inches, as are the pictures 2.5 wide
+    height, width = columns["image"][0].shape[-2:]
+    row_height = 2.5 * min(height / width, 3)  # in inches; a picture is 2.5 wide
     size = (2.5 * len(columns), row_height * rows + 1)
     figure = Figure(figsize=size, layout="compressed")
     table = figure.subplots(rows, len(columns), squeeze=False)

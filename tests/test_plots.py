@@ -72,7 +72,7 @@ def test_it_draws_whatever_backend_matplotlib_is_told_to_take(tmp_path):
 import sys
 from numpy import eye
 from support import options, plots
-plots.draw_predictions(sys.argv[1], {"mask": [eye(2, dtype=int)]}, [[]], ["a", "b"], [(0, 0, 0), (1, 1, 1)])
+plots.draw_predictions(sys.argv[1], {"image": [eye(2)]}, [[]], ["a", "b"], [(0, 0, 0), (1, 1, 1)])
 """
     environment = {**os.environ, "MPLBACKEND": "module://matplotlib_inline.backend_inline"}
     command = [sys.executable, "-c", draw, tmp_path / "some.png"]

@@ -44,7 +44,7 @@ def names_in(legend):
 
 def test_names_of_classes_are_not_taken_for_formulas_or_left_out_of_the_predictions(drawn, tmp_path):
     mask = np.zeros((8, 8), np.uint8)
-    plots.draw_predictions(tmp_path / "some.png", {"mask": [mask]}, [[]], NAMES, COLORS)
+    plots.draw_predictions(tmp_path / "some.png", {"image": [mask]}, [[]], NAMES, COLORS)
     (legend,) = drawn[0].legends
     assert names_in(legend) == NAMES
 
