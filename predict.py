@@ -73,7 +73,7 @@ def segment(checkpoint: Path | str, array: np.ndarray, probabilities: bool = Fal
     A line tells if the numbers are far from those of training. DataError: they are of another type, or of other
     channels. CheckpointError: see `load_model`.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
     model, config = load_network(Path(checkpoint), device)
     image = np.atleast_3d(np.array(array, order="C"))  # PyTorch knows no negative strides and wants to be able to write
     return segment_image(model, config, [device], image, "the array", probabilities)
