@@ -18,7 +18,9 @@ def dice_by_hand(logits: Tensor, mask: Tensor, label: int) -> Tensor:
     known = mask != IGNORE
     predicted = logits.softmax(dim=1)[:, label][known]
     true = (mask[known] == label).to(logits.dtype)
-    return (2 * (predicted * true).sum() + 1) / (predicted.sum() + true.sum() + 1)
+    intersection = (predicted * true).sum()
+    cardinality = predicted.sum() + true.sum()
+    return (2 * intersection + 1) / (cardinality + 1)
 
 
 def loss_by_hand(logits: Tensor, mask: Tensor, weights: Tensor) -> Tensor:
@@ -54,7 +56,10 @@ def split_both(logits, mask):
     return list(zip(logit_tiles, mask_tiles, strict=True))
 
 
-@pytest.mark.parametrize("weights", [None, [0.1, 2.0, 0.0, 1.5]])
+@pytest.mark.parametrize("weights", [
+    None,
+    [0.1, 2.0, 0.0, 1.5],
+])
 @CASES
 def test_the_loss_of_the_tiles_and_its_gradient_are_those_of_the_stitched_mask(name, weights, in_float64):
     logits, mask = make_case(name)
@@ -62,7 +67,9 @@ def test_the_loss_of_the_tiles_and_its_gradient_are_those_of_the_stitched_mask(n
     for logit_tile, mask_tile in split_both(logits, mask):
         sums = sums + loss_sums(logit_tile, mask_tile)
     loss = loss_from_sums(sums, weights)
-    expected = loss_by_hand(logits, mask, torch.tensor(weights or [1.0] * 4))
+    if weights is None:
+        weights = [1.0] * 4
+    expected = loss_by_hand(logits, mask, torch.tensor(weights))
     torch.testing.assert_close(loss, expected)
     gradient = torch.autograd.grad(loss, logits)[0]
     expected_gradient = torch.autograd.grad(expected, logits)[0]
@@ -80,7 +87,8 @@ def test_the_iou_of_the_tiles_is_that_of_the_stitched_mask(name):
     for label, found in enumerate(iou(counts[0])):
         both = (predicted == label) & (mask == label)
         either = (predicted == label) | (mask == label)
-        torch.testing.assert_close(found, both.sum().double() / either.sum())
+        expected = both.sum().double() / either.sum()
+        torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize("weights", [None, [1.0, 2.0, 3.0]])
@@ -96,7 +104,9 @@ def test_a_batch_without_a_known_pixel_has_a_finite_loss_and_no_gradient(weights
 @pytest.mark.parametrize("weight", [3.0, 1e-9])
 def test_weights_that_are_all_the_same_change_nothing(weight, in_float64):
     sums = loss_sums(*make_case("ignored pixels"))
-    torch.testing.assert_close(loss_from_sums(sums, [weight] * 4), loss_from_sums(sums))
+    plain = loss_from_sums(sums)
+    weighted = loss_from_sums(sums, [weight] * 4)
+    torch.testing.assert_close(weighted, plain)
 
 
 def test_balanced_weights_are_inverse_to_the_pixels_with_a_mean_of_one():
@@ -108,7 +118,9 @@ def test_balanced_weights_are_inverse_to_the_pixels_with_a_mean_of_one():
 
 def count(predicted, mask):
     """The counts of three classes in one row of pixels."""
-    counts = confusion(torch.tensor([[predicted]]), torch.tensor([[mask]]), AWAY, 3)
+    predicted = torch.tensor([[predicted]])
+    mask = torch.tensor([[mask]])
+    counts = confusion(predicted, mask, AWAY, 3)
     return counts[0]
 
 
@@ -174,8 +186,10 @@ def test_scores_near_seams_and_away_from_them_are_told_apart():
     predicted[..., 24:40] = 1
     tiling = Tiling((32, 64), (1, 2))
     counts = 0
-    tiles = zip(tiling.split(predicted), tiling.split(mask), near_seam_of_tiles(tiling))
-    for predicted_tile, mask_tile, near in tiles:
+    predicted_tiles = tiling.split(predicted)
+    mask_tiles = tiling.split(mask)
+    near_seam = near_seam_of_tiles(tiling)
+    for predicted_tile, mask_tile, near in zip(predicted_tiles, mask_tiles, near_seam):
         counts = counts + confusion(predicted_tile, mask_tile, near, 2)
     found = scores(counts, ["even", "odd"])
     assert found["seam"] == {"mean_iou_border": 0.25, "mean_iou_interior": 1}

@@ -17,7 +17,11 @@ from support.model import build_model
 BLACK_AND_WHITE = [(0, 0, 0), (1, 1, 1)]
 
 
-@pytest.mark.parametrize("height, width", [(32, 32), (32, 256), (96, 32)])
+@pytest.mark.parametrize("height, width", [
+    (32, 32),
+    (32, 256),
+    (96, 32),
+])
 def test_pictures_of_any_shape_fill_their_rows(height, width, tmp_path):
     mask = np.zeros((height, width), np.uint8)
     columns = {

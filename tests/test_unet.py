@@ -34,7 +34,8 @@ def test_any_depth_width_channels_and_classes(depth, width, channels, classes):
 
 
 def test_decoder_leaves_its_skips_as_they_are():
-    skips, coarse = Encoder(1, 2, 2)(torch.randn(1, 1, 8, 8))
+    image = torch.randn(1, 1, 8, 8)
+    skips, coarse = Encoder(1, 2, 2)(image)
     before = list(skips)
     Decoder(2, 2, 2)(skips, coarse)
     assert skips == before
@@ -44,7 +45,9 @@ def test_double_conv_is_conv_norm_relu_dropout_twice():
     block = DoubleConv(3, 4, dropout=0.5).eval()
     x = torch.randn(2, 3, 6, 6)
     expected = x
-    for conv, norm in ((block[0], block[1]), (block[4], block[5])):
+    for number in (0, 4):
+        conv = block[number]
+        norm = block[number + 1]
         norm.running_mean.uniform_()
         norm.running_var.uniform_(0.5, 2)
         expected = F.conv2d(expected, conv.weight, padding=1)
@@ -61,15 +64,18 @@ def test_double_conv_drops_whole_channels_in_training():
 
 def test_every_weight_gets_a_gradient():
     net = UNet(1, 3, 2, 2)
-    net(torch.randn(2, 1, 16, 16)).square().sum().backward()
+    image = torch.randn(2, 1, 16, 16)
+    net(image).square().sum().backward()
     for name, weight in net.named_parameters():
         if name != "decoder.head.bias":
             assert weight.grad.abs().sum() > 0, name
 
 
 def test_a_size_that_cannot_be_halved_is_named_with_its_fix():
+    unet = UNet(1, 2, 2, 3)
+    image = torch.zeros(1, 1, 20, 16)
     with pytest.raises(ValueError, match="20x16 at depth 3.*multiples of 8"):
-        UNet(1, 2, 2, 3)(torch.zeros(1, 1, 20, 16))
+        unet(image)
 
 
 def group_norm(channels):
@@ -92,14 +98,21 @@ def test_another_normalisation_of_the_unet_is_that_of_all_its_blocks():
     assert kinds.count(nn.BatchNorm2d) == 0
 
 
-@pytest.mark.parametrize("depth, pixels", [(1, 8), (2, 22), (3, 46), (4, 94)])
+@pytest.mark.parametrize("depth, pixels", [
+    (1, 8),
+    (2, 22),
+    (3, 46),
+    (4, 94),
+])
 def test_how_far_the_unet_sees_beyond_a_tile_is_at_most_six_cells(depth, pixels):
     """The gradient of a pixel at the border of a tile differs from zero for the pixels that it depends on."""
     cell = 2**depth
-    unet = UNet(1, 1, 1, depth, dropout=0).double().eval()
+    unet = UNet(1, 1, 1, depth, dropout=0)
+    unet.double().eval()
     for weight in unet.parameters():
         weight.data.abs_().add_(0.1)  # so that nothing cancels
-    image = torch.ones(1, 1, 16 * cell, 16 * cell, dtype=torch.double, requires_grad=True)
+    size = (1, 1, 16 * cell, 16 * cell)
+    image = torch.ones(size, dtype=torch.double, requires_grad=True)
     border = 8 * cell  # where a tile begins
     unet(image)[0, 0, border, border].backward()
     first_seen = image.grad[0, 0, border].nonzero().min().item()
