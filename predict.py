@@ -80,7 +80,7 @@ def segment(checkpoint: Path | str, array: np.ndarray, probabilities: bool = Fal
 
 
 def load_network(checkpoint: Path, device: torch.device, amp: bool | None = None) -> tuple[DecomposedUNet, dict]:
-    """The network of a checkpoint, on a device, and its configuration, in which is changed how it is computed.
+    """The network of a checkpoint, on a device, and its configuration, with what differs when it predicts.
 
     amp: whether to compute in bfloat16; None: if this machine has it in hardware.
     """
