@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from unittest import mock
 
-from support.options import UserError, one_line_errors, options_given, parse, plan_parser, show_progress, tiles_each
+from support.options import UserError, one_line_errors, options_beside, parse, plan_parser, show_progress, tiles_each
 
 if __name__ == "__main__" and "--help" in sys.argv:
     plan_parser().parse_args()  # answers before PyTorch is loaded, which takes seconds
@@ -33,15 +33,14 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import train
 from decompose import Tiling
-from support import processes, scale
+from support import checkpoints, processes, scale
 from support.folder import class_names, open_folder
 from support.images import read_image
 from support.memory import LiveMemory
 from support.model import build_from_config
-from support.run import open_run
 from support.sizes import build_tiling, check_sizes
 
-WITH_RUN = ("--memory", "--gpus", "--grid", "--batch-size", "--image-processes", "--recompute", "--amp", "--no-amp")
+WITH_RUN = ("memory", "gpus", "grid", "batch_size", "image_processes", "recompute", "amp")
 RESERVE = 1  # GiB of a GPU that are left for CUDA itself and the workspaces of its kernels
 
 
@@ -341,19 +340,12 @@ def describe_images(config: dict):
 
 def main(arguments: list[str] | None = None):
     parser = plan_parser()
-    config = parse(arguments, parser, amp=True)  # as all recent GPUs do
+    config = parse(arguments, parser)
     memory = config["memory"]
     with one_line_errors(parser):
         if config["run"]:
-            of_run, _, _ = open_run(Path(config["run"]))
-            for option in options_given(arguments):
-                if option == "--run":
-                    continue
-                if option not in WITH_RUN:
-                    raise UserError(f"{option}: --run has its own; beside it can stand {', '.join(WITH_RUN)}")
-                name = option.removeprefix("--no-").removeprefix("--").replace("-", "_")
-                of_run[name] = config[name]
-            config = of_run
+            given = options_beside("run", WITH_RUN, arguments, parser)
+            config = checkpoints.load(Path(config["run"], "last.pt"))["config"] | given
             windows = config.get("windows") or [config["train_images"]]  # of each image, or of all synthetic ones
             config["batch_size"] = min(config["batch_size"], sum(windows))
         else:

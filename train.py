@@ -25,7 +25,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from support.options import Diverged, Progress, one_line_errors, train_parser
+from support.options import Progress, UserError, one_line_errors, train_parser
 
 if __name__ == "__main__" and "--help" in sys.argv:
     train_parser().parse_args()  # answers before PyTorch is loaded, which takes seconds
@@ -165,7 +165,7 @@ def batch_norms(model: nn.Module) -> list[nn.BatchNorm2d]:
 
 
 def train_epoch(model, loader, optimizer, schedule, config: dict, devices: list, freeze_step: int) -> float:
-    """One pass over the training images. Returns the mean loss. Diverged: a loss is nan or infinite.
+    """One pass over the training images. Returns the mean loss. UserError: a loss is nan or infinite.
 
     freeze_step: the step, counted from 0 over all epochs, from which on batch norm is frozen.
     """
@@ -178,7 +178,8 @@ def train_epoch(model, loader, optimizer, schedule, config: dict, devices: list,
         losses.append(loss)
         if len(losses) % 50 == 0 or len(losses) == len(loader):  # seldom, because reading a loss waits for the GPUs
             if not math.isfinite(loss):
-                raise Diverged(f"the loss became {loss.item()} by step {step + 1} of {schedule.total_steps}")
+                raise UserError(f"the loss became {loss.item()} by step {step + 1} of {schedule.total_steps}; take a "
+                                "smaller --lr")
         progress.show(step + 1, loss)
     return torch.stack(losses).mean().item()
 
@@ -231,7 +232,7 @@ def peak_learning_rate(config: dict) -> float:
 def train(config: dict, devices: list, out: Path, state: dict) -> dict:
     """Trains, writes the files of the run to the folder `out`, and returns what metrics.json holds.
 
-    state: see Run.begin; {} for a new run. Diverged: the loss is nan or infinite.
+    state: see Run.begin; {} for a new run. UserError: the loss is nan or infinite.
     """
     # The images
     datasets = build_datasets(config)

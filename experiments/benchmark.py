@@ -18,6 +18,7 @@ tensors show in the times of large images, and in the memory of the process: doc
 the variables to put in front of the command.
 """
 
+import argparse
 import json
 import statistics
 import time
@@ -35,7 +36,7 @@ from experiments.common import CPU_OR_GPUS, make_folder
 from support import checkpoints, plots, processes
 from support.memory import LiveMemory
 from support.model import build_from_config
-from support.options import DefaultsInHelp, Parser, number, pair
+from support.options import Parser, number, pair
 from support.sizes import build_tiling
 
 FIRST = "plain U-Net"  # whose time and memory are 1
@@ -207,7 +208,7 @@ def describe(row: dict) -> str:
 # The command
 
 def make_parser() -> Parser:
-    parser = Parser(description=__doc__.splitlines()[0], formatter_class=DefaultsInHelp)
+    parser = Parser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     option = parser.add_argument
     option("--sizes", type=number(16), nargs="+", default=[256, 512, 1024, 2048], help="sides of the image")
     option("--grid", type=pair, default="8x8", help="tiles of the decomposed models")

@@ -3,6 +3,7 @@
 A run is the dictionary of its metrics.json. Each model is trained with several seeds, so a model has a list of runs.
 """
 
+import argparse
 import json
 import shutil
 import statistics
@@ -20,7 +21,7 @@ from support import plots
 from support.checkpoints import write_json
 from support.datasets import build_datasets
 from support.model import load_model
-from support.options import DefaultsInHelp, Parser, number
+from support.options import Parser, number
 
 HERE = Path(__file__).parent
 CPU_OR_GPUS = [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
@@ -44,7 +45,7 @@ CLASS_HEADER = [f"IoU {name}" for name in CLASSES]
 def make_parser(description: str) -> Parser:
     """The two options that most experiments have."""
     parser = Parser(description=description, allow_abbrev=False,
-                    formatter_class=DefaultsInHelp)
+                    formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--seeds", type=number(0), nargs="+", default=[0, 1, 2], help="of weights and images")
     parser.add_argument("--quick", action="store_true", help="a smoke run")
     return parser

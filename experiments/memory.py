@@ -9,6 +9,7 @@ ones share 8x8 tiles among four. What a real GPU says: experiments.benchmark. Wr
 memory.png to runs/memory.
 """
 
+import argparse
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -18,7 +19,7 @@ import plan
 from experiments.benchmark import make_config
 from experiments.common import SILENT, TALKING, make_folder, save_table
 from support import plots
-from support.options import DefaultsInHelp, Parser, number
+from support.options import Parser, number
 
 PAPER = {
     "width": 64,
@@ -64,7 +65,7 @@ def draw(path: Path, sizes: list[int], results: dict[str, list[list[float]]]):
 
 
 def main(arguments: list[str] | None = None):
-    parser = Parser(description=__doc__.splitlines()[0], formatter_class=DefaultsInHelp)
+    parser = Parser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--sizes", type=number(256), nargs="+", default=[512, 1024, 2048, 4096, 8192],
                         help="sides of the image")
     parser.add_argument("--gpus", type=number(1), default=4, help="that share the tiles")

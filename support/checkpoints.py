@@ -1,7 +1,6 @@
 """What is left on disk: files that appear whole or not at all, and checkpoints that are data and never code."""
 
 import csv
-import errno
 import io
 import json
 import os
@@ -22,17 +21,14 @@ def atomic_write(path: Path):
     """Gives the block another path to write to. Only when the block has ended well does that file
     take the place of what stood at `path`, and its content is on the disk by then. OSError: it
     cannot be written; then what stood there is still there."""
-    unfinished = path.with_name(".unfinished-" + path.name[-50:])  # a name has at most 255 bytes on most disks
+    unfinished = path.with_name(".unfinished" + path.suffix)  # no longer than `path`, which may be as long as can be
     try:
         yield unfinished
         with open(unfinished, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(unfinished, path)
-    except BaseException as error:  # also Ctrl-C
+    finally:
         unfinished.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.filename is None:  # as that of a full disk
-            error.filename = str(path)
-        raise
 
 
 def save(path: Path, state: dict):
@@ -43,37 +39,29 @@ def save(path: Path, state: dict):
         unfinished.write_bytes(buffer.getbuffer())
 
 
-def load(path: Path, needs: tuple[str, ...] = ("config", "model")) -> dict:
+def load(path: Path) -> dict:
     """What `save` wrote, with its tensors on the CPU.
 
-    path: of the file, or of the folder of a run, which stands for its best.pt; needs: the entries that it must have.
-    CheckpointError: the file is damaged, lacks an entry, or holds anything but data. OSError: it cannot be read.
+    path: of the file, or of the folder of a run, which stands for its best.pt.
+    CheckpointError: the file is damaged, or no checkpoint, or holds anything but data. OSError: it cannot be read.
     """
     if path.is_dir():
         path = path / "best.pt"
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged file fails in as many ways as there are places in it
-        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # which is what PyTorch says of half a file
-            raise
-        raise CheckpointError(f"{path}: cannot be loaded: it is damaged, or no checkpoint, or holds code, which is "
-                              "not run; name a checkpoint that train.py wrote") from None
-    if not isinstance(state, dict) or not set(needs) <= state.keys():
-        raise CheckpointError(f"{path}: holds no {' and '.join(needs)}; name a checkpoint that train.py wrote")
-    return state
+    with open(path, "rb") as file:
+        try:
+            state = torch.load(file, map_location="cpu", weights_only=True)
+            if {"config", "model"} <= state.keys():
+                return state
+        except Exception:  # a damaged file fails in as many ways as there are places in it
+            pass
+    raise CheckpointError(f"{path}: is damaged, or no checkpoint of train.py, or holds code, which is not run; name "
+                          "another one")
 
 
 def write_json(path: Path, content: dict):
-    """Writes a JSON file. JSON has no nan and no infinity, so they become null."""
-    text = json.dumps(content)
-    content = json.loads(text, parse_constant=as_null)
+    """Writes a JSON file. In Python's way, it holds NaN where there is no number."""
     with atomic_write(path) as unfinished:
         unfinished.write_text(json.dumps(content, indent=2) + "\n")
-
-
-def as_null(constant: str) -> None:
-    """What to read instead of NaN or Infinity."""
-    return None
 
 
 def write_log(path: Path, rows: list[dict]):

@@ -39,28 +39,28 @@ def build_from_config(config: dict) -> DecomposedUNet:
                        config["comm_channels"], config["dilations"], config["dropout"])
 
 
-def weights_to_begin_with(path: Path, config: dict) -> tuple[dict[str, Tensor], list[str]]:
-    """The weights of a checkpoint for a new network (--init), and the names of the checkpoint's classes.
+def weights_to_begin_with(config: dict) -> dict[str, Tensor]:
+    """The weights of a checkpoint for a new network (--init). If its classes are not those of the new network, the last
+    layer is not among them, and a line says so.
 
-    If these are not those of the new network, the last layer is not among the weights.
     CheckpointError: the checkpoint's network is another.
     """
+    path = Path(config["init"])
     model, trained = load_model(path)
     for name in ("channels", "width", "depth", "comm_channels", "dilations"):
         if trained[name] != config[name]:
-            raise CheckpointError(f"--init {path}: was trained with another {name}, {trained[name]} instead of "
-                                  f"{config[name]}; take the same, or another checkpoint")
+            raise CheckpointError(f"--init {path}: its {name} is {trained[name]}; take the same, or another checkpoint")
     weights = model.state_dict()
     if trained["classes"] != config["classes"]:
-        for name in ("decoder.head.weight", "decoder.head.bias"):
-            del weights[name]
-    return weights, trained["classes"]
+        print(f"{path}: its classes are others ({', '.join(trained['classes'])}), so the last layer is drawn anew")
+        del weights["decoder.head.weight"], weights["decoder.head.bias"]
+    return weights
 
 
 def load_model(path: Path) -> tuple[DecomposedUNet, dict]:
     """The network of a checkpoint, on the CPU and in evaluation mode, and its configuration.
 
-    CheckpointError: the file is missing or damaged, or its weights do not fit its configuration.
+    CheckpointError: the file is damaged, or its weights do not fit its configuration. OSError: it cannot be read.
     """
     state = checkpoints.load(path)
     config = state["config"]
@@ -68,9 +68,7 @@ def load_model(path: Path) -> tuple[DecomposedUNet, dict]:
         with torch.random.fork_rng(devices=[]):  # for all random numbers that follow, nothing was drawn here
             model = build_from_config(config)
         model.load_state_dict(state["model"])
-        for name in ("dataset", "dtype", "colors", "grid", "image_size", "overlap", "mean", "std", "amp"):
-            config[name]  # KeyError if it is not there
-    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError):
+    except (KeyError, RuntimeError):
         raise CheckpointError(f"{path}: its weights do not fit its configuration, or it comes from another version of "
                               "train.py; name another checkpoint") from None
     return model.eval(), config

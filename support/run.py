@@ -13,7 +13,6 @@ Of several processes only the first one writes.
 
 import itertools
 import math
-import time
 from pathlib import Path
 
 import torch
@@ -21,15 +20,15 @@ from torch import Tensor
 
 from support import checkpoints, plots, processes
 from support.datasets import check_unchanged, describe
-from support.model import load_model, weights_to_begin_with
-from support.options import Diverged, UserError, parse, show_progress, tiles_each
+from support.model import weights_to_begin_with
+from support.options import UserError, parse, show_progress
 from support.scores import print_scores
 
 
 # How a run begins, or goes on
 
 def prepare_run(arguments: list[str] | None, parser) -> tuple[dict, Path, dict]:
-    """Reads the options, makes the folder of a new run, and looks at all images.
+    """Reads the options, looks at all images, and makes the folder of a new run.
 
     Returns the configuration, the folder of the run, and the state with which `Run` begins. Ends the program, or raises
     UserError or OSError, if the options, the images and what is on disk do not go together.
@@ -38,30 +37,25 @@ def prepare_run(arguments: list[str] | None, parser) -> tuple[dict, Path, dict]:
     if asked["resume"]:
         return resume_run(asked)
     check_processes(asked)
-    out = make_folder(asked)
+    config = asked | describe(asked)
     state = {}
-    try:
-        config = asked | describe(asked) | {"out": str(out)}
-        if config["init"]:
-            state["model"] = first_weights(config)
-    except BaseException:  # also Ctrl-C
-        out.rmdir()  # nothing is in it yet
-        raise
-    return config, out, state
+    if config["init"]:
+        state["model"] = weights_to_begin_with(config)
+    return config, make_folder(config), state
 
 
-def make_folder(asked: dict) -> Path:
+def make_folder(config: dict) -> Path:
     """The folder of a new run. As it is made here, no other run has it, even if both begin at the same instant.
 
     OSError: it is there already, or cannot be made.
     """
-    if asked["out"]:
-        out = Path(asked["out"])
+    if config["out"]:
+        out = Path(config["out"])
         out.mkdir(parents=True)
         return out
-    data = Path(asked["data"] or "synthetic").name
-    rows, columns = asked["grid"]
-    return new_folder(f"runs/{data}-{rows}x{columns}-k{asked['comm_channels']}-seed{asked['seed']}")
+    data = Path(config["data"] or "synthetic").name
+    rows, columns = config["grid"]
+    return new_folder(f"runs/{data}-{rows}x{columns}-k{config['comm_channels']}-seed{config['seed']}")
 
 
 def new_folder(name: str) -> Path:
@@ -78,54 +72,29 @@ def new_folder(name: str) -> Path:
             path = Path(f"{name}-{i}")
 
 
-def first_weights(config: dict) -> dict:
-    """The weights of --init. CheckpointError: they do not fit."""
-    weights, classes = weights_to_begin_with(Path(config["init"]), config)
-    print(f"the run begins with the weights of {config['init']}")
-    if classes != config["classes"]:
-        print(f"its classes are others ({', '.join(classes)}), so the last layer is drawn anew")
-    return weights
-
-
 def resume_run(asked: dict) -> tuple[dict, Path, dict]:
-    """A run that goes on, with what `prepare_run` returns. asked: what is given with --resume."""
-    config, out, state = open_run(Path(asked["resume"]))
-    config.update(asked["changes"])
+    """A run that goes on, with what `prepare_run` returns. asked: --resume, and what is given with it."""
+    out = Path(asked["resume"])
+    state = checkpoints.load(out / "last.pt")
+    config = state["config"] | asked
     check_processes(config)
-    if "image_processes" in asked["changes"]:  # each of them may now have another number of tiles for its GPUs
-        config["gpus"] = min(processes.gpus_each(), tiles_each(config))
     check_unchanged(config)
-    done = len(state["rows"])
-    line = f"{out}: {done} of {config['epochs']} epochs are done"
-    if done == config["epochs"]:
-        line += "; to train longer, begin a new run with its weights: --init"
-    print(line)
-    return config, out, state
-
-
-def open_run(out: Path) -> tuple[dict, Path, dict]:
-    """The configuration of a run that is to go on, its folder, and the content of its last.pt.
-
-    CheckpointError, OSError: the folder holds no last.pt, or it cannot be used.
-    """
-    path = out / "last.pt"
-    state = checkpoints.load(path, ("rows", "best_weights"))
-    _, config = load_model(path)  # which also finds out whether the weights fit
+    print(f"{out}: {len(state['rows'])} of {config['epochs']} epochs are done")
     return config, out, state
 
 
 def check_processes(config: dict):
     """UserError: the processes that torchrun has started do not go with the options."""
-    rows, columns = config["grid"]
-    started, each = processes.world_size(), config["image_processes"]
-    if started % each != 0 or each > rows * columns:
-        raise UserError(f"--image-processes {each}: there are {started} processes, and {rows * columns} tiles for those "
-                        f"that share an image; take a divisor of {started}, and no more than there are tiles")
-    groups = started // each
-    if config["batch_size"] < groups:
-        raise UserError(f"--batch-size {config['batch_size']}: {groups} processes, or groups that share an image, need "
-                        f"at least as many images; let the processes share each image (--image-processes {started}), "
-                        "or take a larger --batch-size, for images of several sizes with --crop")
+    started = processes.world_size()
+    tiles = math.prod(config["grid"])
+    each = config["image_processes"]
+    if started % each != 0 or each > tiles:
+        raise UserError(f"--image-processes {each}: it must divide the number of processes, {started}, and be at most "
+                        f"the number of tiles, {tiles}")
+    if config["batch_size"] < started // each:
+        raise UserError("--batch-size: each process, or group that shares images, needs at least one image; take "
+                        "larger groups (--image-processes), or a larger --batch-size, for images of several sizes with "
+                        "--crop")
 
 
 # The run itself
@@ -147,10 +116,9 @@ class Run:
         self.rows = []
         self.best = None
         self.best_weights = None
-        self.started = time.perf_counter()
 
     def begin(self, state: dict):
-        """Begins, or goes on. Prints the heading of the table of epochs.
+        """Begins, or goes on.
 
         state: what last.pt held, to go on from there; or {"model": the weights to begin with}; or {}.
         """
@@ -159,10 +127,6 @@ class Run:
         elif "model" in state:
             self.model.load_state_dict(state["model"], strict=False)
         self.write()
-        heading = "epoch  train loss  val loss"
-        for name in self.config["classes"]:
-            heading += f"  IoU {name}"
-        print(f"{heading}  mean IoU  seconds", flush=True)
 
     def restore(self, state: dict):
         self.rows = state["rows"]
@@ -173,8 +137,6 @@ class Run:
         self.schedule.load_state_dict(state["schedule"])
         torch.set_rng_state(state["random"])
         torch.cuda.set_rng_state_all(state["random_gpus"][:torch.cuda.device_count()])
-        for row in self.rows:
-            self.started -= row["seconds"]
 
     def write(self):
         """Writes the run as it is: last.pt first, which holds everything, so that the other files can be made of it.
@@ -218,40 +180,43 @@ class Run:
         self.write()
 
     def end_epoch(self, loss: float, validation: dict, learning_rate: float, train_seconds: float, seconds: float):
-        """Saves the run as it is after an epoch, and prints a row. Diverged: the validation loss is nan or infinite.
+        """Saves the run as it is after an epoch, and prints a line. UserError: the validation loss is nan or infinite.
 
         train_seconds: without validation; seconds: of the whole epoch.
         """
         epoch = len(self.rows) + 1
         if not math.isfinite(validation["loss"]):
-            raise Diverged(f"the loss became {validation['loss']} at the end of epoch {epoch}")
-        row = {"epoch": epoch, "train_loss": loss, "val_loss": validation["loss"]}
-        line = f"{epoch:5}  {loss:10.4f}  {validation['loss']:8.4f}"
+            raise UserError(f"the loss became {validation['loss']} at the end of epoch {epoch}; take a smaller --lr")
+        row = {
+            "epoch": epoch,
+            "train_loss": loss,
+            "val_loss": validation["loss"],
+            "val_mean_iou": validation["mean_iou"],
+            "learning_rate": learning_rate,
+            "train_seconds": train_seconds,
+            "seconds": seconds,
+        }
+        line = f"epoch {epoch}: train loss {loss:.4f}, val loss {validation['loss']:.4f}, IoU"
         for name, score in validation["iou"].items():
             row[f"val_iou_{name}"] = score
-            line += f"  {score:{len(name) + 4}.4f}"
-        row["val_mean_iou"] = validation["mean_iou"]
-        row["learning_rate"] = learning_rate
-        row["train_seconds"] = train_seconds
-        row["seconds"] = seconds
+            line += f" {name} {score:.4f},"
         self.rows.append(row)
         self.save(validation)
         show_progress("")
-        print(f"{line}  {validation['mean_iou']:8.4f}  {seconds:7.1f}", flush=True)
+        print(f"{line} mean {validation['mean_iou']:.4f}, {seconds:.1f} seconds", flush=True)
 
     def finish(self, metrics: dict, pictures: dict[str, list[Tensor]], boxes: list, devices: list) -> dict:
         """Writes and prints what the run ends with. Returns what metrics.json holds.
 
         metrics: test scores and other numbers; pictures: the columns of predictions.png; boxes: the tiles of each row.
         """
-        train_seconds = sum(plots.column(self.rows, "train_seconds"))
         metrics = {
             "config": self.config,
             "parameters": sum(weight.numel() for weight in self.model.parameters()),
-            "seconds_per_step": train_seconds / max(self.schedule.last_epoch, 1),
+            "seconds": sum(plots.column(self.rows, "seconds")),
+            "seconds_per_step": sum(plots.column(self.rows, "train_seconds")) / max(self.schedule.last_epoch, 1),
             "val": self.best,
             **metrics,
-            "seconds": time.perf_counter() - self.started,
             "peak_mib": processes.peak_mib(devices),
         }
         if processes.is_first():
@@ -262,11 +227,8 @@ class Run:
             with checkpoints.atomic_write(self.out / "predictions.png") as unfinished:
                 plots.draw_predictions(unfinished, pictures, boxes, classes, colors)
             checkpoints.write_json(self.out / "metrics.json", metrics)
-        self.print_result(metrics)
-        return metrics
-
-    def print_result(self, metrics: dict):
         epoch = self.best["epoch"]  # 0: before training
         print(f"\ntest IoU of the best epoch, {epoch}, in {metrics['seconds']:.0f} seconds:")
         print_scores(metrics["test"])
         print(f"See {self.out}")
+        return metrics

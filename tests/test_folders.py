@@ -1,4 +1,4 @@
-"""Two runs never write to the same folder, and a folder that was made and not used is taken away again."""
+"""Two runs never write to the same folder, and a run that cannot begin makes none."""
 
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -81,39 +81,14 @@ def test_a_run_is_named_after_its_data():
 def test_a_folder_that_is_there_is_not_written_to(capsys):
     Path("here").mkdir()
     Path("here/best.pt").write_text("precious")
-    assert "here: File exists" in message_of_failure("--out", "here", capsys=capsys)
+    assert "File exists: 'here'" in message_of_failure("--out", "here", capsys=capsys)
     assert list(Path("here").iterdir()) == [Path("here/best.pt")]
     assert Path("here/best.pt").read_text() == "precious"
 
 
-def test_a_run_is_not_begun_among_its_images(capsys):
-    make_folder(Path("data"), 6)
-    Path("link").symlink_to("data/train")
-    for out in ("data/run", "link/run"):
-        said = message_of_failure("--dataset", "folder", "--data", "data", "--out", out, capsys=capsys)
-        assert "is inside --data, where it would be taken for images; name another --out" in said
-
-
-def test_a_folder_is_taken_away_after_an_error_in_the_look_at_the_images(capsys):
+def test_no_folder_is_made_where_the_images_cannot_be_used(capsys):
     make_folder(Path("data"), 6)
     Path("data/train/images/3.png").write_text("no picture")
-    options = ["--dataset", "folder", "--data", "data"]
-    assert "3.png: cannot be read" in message_of_failure(*options, capsys=capsys)
-    assert list(Path("runs").iterdir()) == []
-    assert "3.png: cannot be read" in message_of_failure(*options, "--out", "here", capsys=capsys)
+    said = message_of_failure("--dataset", "folder", "--data", "data", "--out", "here", capsys=capsys)
+    assert "3.png: cannot be read" in said
     assert not Path("here").exists()
-
-
-@pytest.mark.parametrize("where, left", [("support.run.describe", None), ("train.train_epoch", ["last.pt"])])
-def test_ctrl_c_leaves_what_was_written_or_no_folder(where, left, monkeypatch):
-    def interrupt(*arguments):
-        assert Path(RUN).is_dir()
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(where, interrupt)
-    with pytest.raises(SystemExit, match="130"):
-        train.main(TINY)
-    if left is None:
-        assert not Path(RUN).exists()
-    else:
-        assert [path.name for path in Path(RUN).iterdir()] == left

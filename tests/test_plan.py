@@ -21,7 +21,7 @@ MIB = 2**20
 
 def configuration(options: str) -> dict:
     """Of a small network. Without --gpus in the options it is on the CPU."""
-    config = parse(SMALL + ["none"] + options.split(), plan_parser(), gpus=0)
+    config = parse(SMALL + ["none"] + options.split(), plan_parser())
     config.update(channels=1, classes="abc", mean=[0.0], std=[1.0], dtype=None, loss_weights=None)
     return config
 
@@ -264,7 +264,7 @@ def test_it_takes_a_run_and_what_is_given_beside_it_replaces_its_options(tmp_pat
     assert "GPU 2: peak" in told
     with pytest.raises(SystemExit, match="2"):
         plan.main(["--run", out, "--channels", "4"])
-    assert "--channels: --run has its own; beside it can stand" in capsys.readouterr().err
+    assert "--run goes on with the options of the run; beside it can stand memory" in capsys.readouterr().err
 
 
 def test_who_runs_out_of_memory_is_told_whom_to_ask(tmp_path, monkeypatch, capsys):
@@ -276,10 +276,7 @@ def test_who_runs_out_of_memory_is_told_whom_to_ask(tmp_path, monkeypatch, capsy
         train.main(SMALL + [str(tmp_path / "run"), "--train-images", "2"])
     said = capsys.readouterr().err
     assert said.count("\n") == 1
-    assert "out of memory; this tells what would fit: python plan.py --run" in said
-    monkeypatch.setattr(plan, "largest_image", no_image)
-    plan.main(said.split("plan.py ")[1].split())
-    assert "4 tiles, batch 1:" in capsys.readouterr().out
+    assert "out of memory; take fewer --workers, or ask plan.py what would fit" in said
 
 
 def test_weights_of_another_number_of_classes_are_refused(capsys):

@@ -111,8 +111,7 @@ def test_the_first_command_runs_as_a_program_of_its_own(tmp_path):
 def test_every_training_command_runs(command, place, tmp_path, capsys, no_pictures):
     if "--resume" in command:
         run(command, place)
-        said = "1 of 1 epochs are done; to train longer, begin a new run with its weights: --init"
-        assert said in capsys.readouterr().out
+        assert "1 of 1 epochs are done" in capsys.readouterr().out
         return
     smaller = ["--train-images", "8", "--workers", "0"]  # of an option that is given twice, the second counts
     if "--crop" in command:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import train
-from support import checkpoints, options
+from support import checkpoints
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
 EPOCHS = 5  # of 4 steps
@@ -37,18 +37,6 @@ def message_of_failure(options, capsys) -> str:
 
 def epochs_done(out) -> int:
     return len(checkpoints.load(out / "last.pt")["rows"])
-
-
-def assert_nothing_unfinished(out):
-    assert not list(out.glob(".unfinished-*"))
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """The folder of a run of one epoch. No test may change it."""
-    out = tmp_path_factory.mktemp("runs") / "run"
-    run(ONE_EPOCH, out)
-    return out
 
 
 # Killed
@@ -118,22 +106,10 @@ def test_a_run_that_was_killed_and_resumed_is_the_run_never_interrupted(step, un
     assert_equal_runs(out, uninterrupted)
 
 
-# Stopped by the user, by a loss, by a full disk
+# Stopped by the user, or by a loss
 
 def interrupt(*arguments):
     raise KeyboardInterrupt
-
-
-def test_an_output_that_nobody_reads_says_how_to_go_on(tmp_path, monkeypatch, capsys):
-    def print_to_nobody(*arguments):
-        raise BrokenPipeError(32, "Broken pipe")
-
-    monkeypatch.setattr(train, "train_epoch", print_to_nobody)
-    monkeypatch.setattr(options, "close_output", lambda: None)  # pytest reads it
-    with pytest.raises(SystemExit, match="2"):
-        run(ONE_EPOCH, tmp_path / "run")
-    said = capsys.readouterr().err
-    assert said.endswith(f"Broken pipe; go on with: python train.py --resume {tmp_path / 'run'}\n")
 
 
 def test_ctrl_c_says_how_to_go_on(tmp_path, monkeypatch, capsys):
@@ -168,27 +144,13 @@ def test_the_last_good_epoch_stays_when_a_loss_is_no_number(tmp_path, monkeypatc
     out = tmp_path / "run"
     monkeypatch.setattr(train, "batch_loss", BreakingLoss(train.batch_loss))
     said = message_of_failure([*OPTIONS, "--out", str(out)], capsys)
-    assert "the loss became nan by step 12 of 20: the likely cause is --lr, take a smaller one" in said
+    assert "the loss became nan by step 12 of 20; take a smaller --lr" in said
     assert epochs_done(out) == 2
     for weight in checkpoints.load(out / "last.pt")["model"].values():
         assert weight.isfinite().all()
 
 
 # Checkpoints that cannot be used
-
-def assert_named_and_untouched(out, message, capsys):
-    before = {path: path.read_bytes() for path in out.iterdir()}
-    said = message_of_failure(["--resume", str(out)], capsys)
-    assert str(out) in said
-    assert message in said
-    assert {path: path.read_bytes() for path in out.iterdir()} == before
-
-
-def test_a_folder_without_a_checkpoint_or_with_another_one_is_named(tmp_path, capsys):
-    assert_named_and_untouched(tmp_path, "last.pt: No such file", capsys)
-    torch.save({"state_dict": {}}, tmp_path / "last.pt")
-    assert_named_and_untouched(tmp_path, "holds no rows and best_weights", capsys)
-
 
 class Code:
     """What makes a folder when it is loaded as Python's pickle loads things."""
@@ -197,12 +159,14 @@ class Code:
         return os.mkdir, ("ran",)
 
 
-def test_code_in_a_checkpoint_is_named_and_not_run(tmp_path, monkeypatch, capsys):
+def test_a_checkpoint_of_something_else_is_named_and_code_in_one_is_not_run(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    out = tmp_path / "run"
-    out.mkdir()
-    torch.save({"config": Code(), "model": {}}, out / "last.pt")
-    assert_named_and_untouched(out, "holds code, which is not run", capsys)
+    for content in ({"state_dict": {}}, {"config": Code(), "model": {}}):
+        torch.save(content, "last.pt")
+        before = (tmp_path / "last.pt").read_bytes()
+        said = message_of_failure(["--resume", "."], capsys)
+        assert "last.pt: is damaged, or no checkpoint of train.py, or holds code, which is not run" in said
+        assert (tmp_path / "last.pt").read_bytes() == before
     assert not (tmp_path / "ran").exists()
 
 
