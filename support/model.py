@@ -63,12 +63,10 @@ def load_model(path: Path) -> tuple[DecomposedUNet, dict]:
     CheckpointError: the file is damaged, or its weights do not fit its configuration. OSError: it cannot be read.
     """
     state = checkpoints.load(path)
-    config = state["config"]
     try:
-        with torch.random.fork_rng(devices=[]):  # for all random numbers that follow, nothing was drawn here
-            model = build_from_config(config)
+        model = build_from_config(state["config"])
         model.load_state_dict(state["model"])
     except (KeyError, RuntimeError):
         raise CheckpointError(f"{path}: its weights do not fit its configuration, or it comes from another version of "
                               "train.py; name another checkpoint") from None
-    return model.eval(), config
+    return model.eval(), state["config"]

@@ -117,7 +117,7 @@ def add_options(parser: Parser, amp: bool | None = None):
     option = parser.add_argument_group("what most runs need").add_argument
     option("--dataset", choices=["synthetic", "folder"], default="synthetic", help="what to learn: lines between "
            "circles, or images and masks of your own (default: %(default)s)")
-    option("--data", type=os.path.abspath, metavar="DIR", help="folder of the images and masks, as docs/own-images.md "
+    option("--data", type=os.path.abspath, help="folder of the images and masks, as docs/own-images.md "
            "tells; with --resume, the folder in which they are now")
     option("--gpus", type=positive, help="GPUs to use (default: all there are); to use none, put "
            "CUDA_VISIBLE_DEVICES= in front of the command")
@@ -132,7 +132,7 @@ def add_options(parser: Parser, amp: bool | None = None):
            "random, and turn square ones (default: yes)")
     option("--image-size", type=pair, default="64", metavar="N|HxW", help="pixels of the synthetic images (default: "
            "%(default)s)")
-    option("--train-images", type=positive, default=2400, metavar="N", help="synthetic images to learn from; "
+    option("--train-images", type=positive, default=2400, help="synthetic images to learn from; "
            "validation and test have an eighth each (default: %(default)s)")
 
     option = parser.add_argument_group("network").add_argument
@@ -144,7 +144,7 @@ def add_options(parser: Parser, amp: bool | None = None):
            "(default: %(default)s)")
     option("--depth", type=positive, default=3, help="how often the encoder halves the resolution (default: "
            "%(default)s)")
-    option("--comm-channels", type=natural, default=32, metavar="K", help="channels of the coarse map that the tiles "
+    option("--comm-channels", type=natural, default=32, help="channels of the coarse map that the tiles "
            "exchange; 0: they know nothing of each other (default: %(default)s)")
     option("--dilations", type=positive, nargs="+", default=[1, 1, 1], metavar="N", help="dilation of each convolution "
            "of the communication network; together they see 2 * sum * 2^depth pixels to every side (default: 1 1 1)")
@@ -157,7 +157,7 @@ def add_options(parser: Parser, amp: bool | None = None):
            "under 16, less in proportion)")
     option("--class-weights", type=class_weight, nargs="+", metavar="W", help="weight of each class in the loss: a "
            "number for each, or balanced, with which rare classes weigh more (default: all the same)")
-    option("--freeze-batch-norm", type=float, metavar="PART", help="after this part of the training steps, batch norm "
+    option("--freeze-batch-norm", type=float, help="after this part of the training steps, batch norm "
            "keeps its running statistics and uses them, as in evaluation; 1: never, as in the paper (default: 0.3, but "
            "not before 300 steps, or half of them if there are fewer than 600)")
     option("--seed", type=natural, default=0, help="seed of the images, the weights, dropout and the order (default: "
@@ -168,9 +168,9 @@ def add_options(parser: Parser, amp: bool | None = None):
            "they are needed, so that a GPU holds those of one tile at a time (default: no)")
     option("--amp", action=argparse.BooleanOptionalAction, default=amp, help="compute in bfloat16, with weights, "
            "statistics and sums in float32 (default: where the hardware has it; plan.py: yes)")
-    option("--workers", type=natural, metavar="N", help="processes that read images ahead, for each process that "
+    option("--workers", type=natural, help="processes that read images ahead, for each process that "
            "trains (default: for a folder one for each CPU core, at most 4; else 0)")
-    option("--image-processes", type=positive, default=1, metavar="N", help="how many of the processes that torchrun "
+    option("--image-processes", type=positive, default=1, help="how many of the processes that torchrun "
            "starts share the tiles of each image; with 1 they share out batches only (default: %(default)s)")
 
 
@@ -179,7 +179,7 @@ def plan_parser() -> Parser:
     parser = Parser(usage="%(prog)s [OPTIONS]", description="Predict the peak memory of each GPU in a training step of "
                     "train.py, without a GPU.")
     option = parser.add_argument_group("what to predict").add_argument
-    option("--memory", type=number(2, float), metavar="GIB", help="memory of a GPU, to be told also what would fit "
+    option("--memory", type=number(2, float), help="memory of a GPU, to be told also what would fit "
            "into it")
     option("--run", help="folder of a run of train.py, whose options are taken where they are not given here")
     option("--channels", type=positive, default=1, help="channels of the image (default: %(default)s)")
@@ -194,9 +194,9 @@ def train_parser() -> Parser:
                     "tile is computed on the CPU.")
     add_options(parser)
     option = parser.add_argument_group("other runs").add_argument
-    option("--resume", metavar="RUN", help="folder of a run to go on with after its last completed epoch, with its "
+    option("--resume", help="folder of a run to go on with after its last completed epoch, with its "
            "options; only --data, --gpus, --workers and --image-processes go with it")
-    option("--init", metavar="CHECKPOINT", help="best.pt of another run, or its folder, to begin with its "
+    option("--init", help="best.pt of another run, or its folder, to begin with its "
            "weights (default: weights drawn by the seed)")
     return parser
 

@@ -13,6 +13,8 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 from PIL import Image  # comes with matplotlib
 
+from support.checkpoints import atomic_write
+
 
 def draw_curves(path: Path, rows: list[dict], classes: list[str], colors: list):
     """Draws the rows of log.csv: the losses on the left, the validation IoU of each class on the right."""
@@ -121,7 +123,8 @@ def visible(image: np.ndarray) -> np.ndarray:
 
 
 def save(figure: Figure, path: Path):
-    figure.savefig(path, dpi=110)
+    with atomic_write(path) as unfinished:
+        figure.savefig(unfinished, dpi=110)
 
 
 # Pictures of one image, pixel by pixel

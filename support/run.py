@@ -222,10 +222,8 @@ class Run:
         if processes.is_first():
             classes, colors = self.config["classes"], self.config["colors"]
             if self.rows:
-                with checkpoints.atomic_write(self.out / "curves.png") as unfinished:
-                    plots.draw_curves(unfinished, self.rows, classes, colors)
-            with checkpoints.atomic_write(self.out / "predictions.png") as unfinished:
-                plots.draw_predictions(unfinished, pictures, boxes, classes, colors)
+                plots.draw_curves(self.out / "curves.png", self.rows, classes, colors)
+            plots.draw_predictions(self.out / "predictions.png", pictures, boxes, classes, colors)
             checkpoints.write_json(self.out / "metrics.json", metrics)
         epoch = self.best["epoch"]  # 0: before training
         print(f"\ntest IoU of the best epoch, {epoch}, in {metrics['seconds']:.0f} seconds:")

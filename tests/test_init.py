@@ -9,7 +9,6 @@ from test_folder import make_folder
 
 import train
 from support import checkpoints
-from support.model import load_model
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
 OPTIONS = "--width 2 --depth 2 --comm-channels 4 --epochs 1 --batch-size 4 --workers 0 --dataset folder".split()
@@ -42,13 +41,6 @@ def copy_with_names(first, folder):
     shutil.copytree(first / "data", folder)
     (folder / "classes.txt").write_text("ground\nwater\nhouse\nroad\n")
     return folder
-
-
-def test_to_load_a_network_draws_no_random_numbers(first):
-    """Of many processes the first alone does it, and afterwards all must draw the same."""
-    before = torch.get_rng_state()
-    load_model(first / "run/best.pt")
-    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_without_an_epoch_the_scores_are_those_of_the_checkpoint(first, tmp_path, capsys):
