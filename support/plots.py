@@ -123,7 +123,7 @@ def visible(image: np.ndarray) -> np.ndarray:
 
 
 def save(figure: Figure, path: Path):
-    with atomic_write(path) as unfinished:
+    with atomic_write(Path(path)) as unfinished:
         figure.savefig(unfinished, dpi=110)
 
 

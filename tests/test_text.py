@@ -68,26 +68,20 @@ def test_names_of_classes_are_saved_in_log_and_metrics(tmp_path):
     assert list(read_json(tmp_path / "metrics.json")) == NAMES
 
 
-@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
-def test_names_of_files_in_old_bytes_are_printed_and_saved(encoding, tmp_path, monkeypatch, no_pictures):
+def test_names_of_files_in_old_bytes_are_printed_in_ascii_and_saved(tmp_path, monkeypatch, no_pictures):
     folder = tmp_path / os.fsdecode(b"stra\xdfe")  # in the bytes of Windows
     data = make_folder(folder / "data", 6)
     (data / "classes.txt").write_text("ground\nwater\nStraße\n", encoding="utf-8")
     for path in data.glob("train/*/3.png"):
         path.rename(path.with_name(os.fsdecode(b"\xe4.png")))
     image = save(folder / os.fsdecode(b"b\xe4r.png"), random_image((16, 24)))
-    save(folder / "masks" / image.name, np.zeros((16, 24), np.uint8))
 
     printed = io.BytesIO()
-    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(printed, encoding=encoding))
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(printed, encoding="ascii"))
     train.main([*SMALL, "--dataset", "folder", "--data", str(data), "--workers", "0", "--out", str(folder / "run")])
-    words = [folder / "run/best.pt", image, "--masks", folder / "masks", "--out", folder / "out"]
-    assert run(*words) == 0
+    assert run(folder / "run/best.pt", image, "--out", folder / "out") == 0
     sys.stdout.flush()
-    shown = "Straße" if encoding == "utf-8" else "Stra\\xdfe"
-    assert shown in printed.getvalue().decode(encoding)
-    assert "b\\udce4r.png is done" in printed.getvalue().decode(encoding)
-
-    assert image.stem in read_json(folder / "out/metrics.json")["images"]
+    assert b"Stra\\xdfe" in printed.getvalue()
+    assert b"b\\udce4r.png is done" in printed.getvalue()
     assert (folder / "out" / image.name).exists()
     assert read_json(folder / "run/metrics.json")["config"]["data"] == str(data)
