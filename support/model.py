@@ -52,7 +52,7 @@ def weights_to_begin_with(config: dict) -> dict[str, Tensor]:
             raise CheckpointError(f"--init {path}: its {name} is {trained[name]}; take the same, or another checkpoint")
     weights = model.state_dict()
     if trained["classes"] != config["classes"]:
-        print(f"{path}: its classes are others ({', '.join(trained['classes'])}), so the last layer is drawn anew")
+        print(f"{path}: its classes are others, so the last layer is drawn anew")
         del weights["decoder.head.weight"], weights["decoder.head.bias"]
     return weights
 

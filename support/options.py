@@ -117,8 +117,8 @@ def add_options(parser: Parser, amp: bool | None = None):
     option = parser.add_argument_group("what most runs need").add_argument
     option("--dataset", choices=["synthetic", "folder"], default="synthetic", help="what to learn: lines between "
            "circles, or images and masks of your own (default: %(default)s)")
-    option("--data", type=os.path.abspath, help="folder of the images and masks, as docs/own-images.md "
-           "tells; with --resume, the folder in which they are now")
+    option("--data", type=os.path.abspath, help="folder of the images and masks, as docs/own-images.md tells; "
+           "with --resume, the folder in which they are now")
     option("--gpus", type=positive, help="GPUs to use (default: all there are); to use none, put "
            "CUDA_VISIBLE_DEVICES= in front of the command")
     option("--epochs", type=natural, default=4, help="passes over the training images; 0: only evaluate (default: "
@@ -132,20 +132,20 @@ def add_options(parser: Parser, amp: bool | None = None):
            "random, and turn square ones (default: yes)")
     option("--image-size", type=pair, default="64", metavar="N|HxW", help="pixels of the synthetic images (default: "
            "%(default)s)")
-    option("--train-images", type=positive, default=2400, help="synthetic images to learn from; "
-           "validation and test have an eighth each (default: %(default)s)")
+    option("--train-images", type=positive, default=2400, help="synthetic images to learn from; validation and test "
+           "have an eighth each (default: %(default)s)")
 
     option = parser.add_argument_group("network").add_argument
     option("--grid", type=pair, metavar="RxQ", help="rows x columns of tiles (default: 2x2 for up to 4 GPUs that share "
-           "an image, else a tile for each, as square as can be)")
+           "an image, else two rows with a tile for each)")
     option("--overlap", type=natural, default=0, metavar="PX", help="pixels that a tile sees beyond its borders, a "
            "multiple of 2^depth (default: %(default)s)")
     option("--width", type=positive, default=8, help="channels at full resolution; each level down doubles them "
            "(default: %(default)s)")
     option("--depth", type=positive, default=3, help="how often the encoder halves the resolution (default: "
            "%(default)s)")
-    option("--comm-channels", type=natural, default=32, help="channels of the coarse map that the tiles "
-           "exchange; 0: they know nothing of each other (default: %(default)s)")
+    option("--comm-channels", type=natural, default=32, help="channels of the coarse map that the tiles exchange; "
+           "0: they know nothing of each other (default: %(default)s)")
     option("--dilations", type=positive, nargs="+", default=[1, 1, 1], metavar="N", help="dilation of each convolution "
            "of the communication network; together they see 2 * sum * 2^depth pixels to every side (default: 1 1 1)")
     option("--dropout", type=float, default=0.0, help="probability with which a channel is left out (default: "
@@ -246,12 +246,8 @@ def has_bfloat16() -> bool:
 
 
 def default_grid(gpus: int) -> tuple[int, int]:
-    """2x2 for up to 4 GPUs. For more, a tile for each GPU, in a grid that is as square as can be."""
-    gpus = max(gpus, 4)
-    rows = math.isqrt(gpus)
-    while gpus % rows != 0:
-        rows -= 1
-    return rows, gpus // rows
+    """Two rows, with a tile for each GPU, but at least two columns."""
+    return 2, max(math.ceil(gpus / 2), 2)
 
 
 def tiles_each(config: dict) -> int:

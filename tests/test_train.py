@@ -145,7 +145,7 @@ def test_bad_input_ends_with_one_line_and_status_2(arguments, message, capsys, m
     assert message in said.err
 
 
-@pytest.mark.parametrize("gpus, grid", [(0, (2, 2)), (1, (2, 2)), (4, (2, 2)), (5, (1, 5)), (8, (2, 4)), (16, (4, 4))])
+@pytest.mark.parametrize("gpus, grid", [(0, (2, 2)), (4, (2, 2)), (5, (2, 3)), (8, (2, 4))])
 def test_default_grids(gpus, grid):
     assert options.default_grid(gpus) == grid
 
