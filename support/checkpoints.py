@@ -59,9 +59,10 @@ def load(path: Path) -> dict:
 
 
 def write_json(path: Path, content: dict):
-    """Writes a JSON file. In Python's way, it holds NaN where there is no number."""
+    """Writes a JSON file. JSON has no nan: where a score is none, it holds null."""
+    text = json.dumps(content, indent=2).replace(": NaN", ": null")
     with atomic_write(path) as unfinished:
-        unfinished.write_text(json.dumps(content, indent=2) + "\n")
+        unfinished.write_text(text + "\n")
 
 
 def write_log(path: Path, rows: list[dict]):

@@ -338,10 +338,10 @@ def save_good_and_bad_images(folder):
     ("missing.png", "", "missing.png: cannot be read ([Errno 2] No such file"),
     ("broken.png", "", "broken.png: cannot be read (cannot identify image file"),
     ("grey.png", "--grid 99x1", "99x1 tiles: an image of 32x32 pixels"),
-    ("grey.png", "--grid 0x2", "--grid: '0x2' is not two whole numbers of at least 1"),
+    ("grey.png", "--grid 0x2", "--grid: 0 is not 1 or more"),
     (".", "", "--out predictions: is inside ., where the masks would be taken for images"),
     ("grey.png", "--masks nowhere", "nowhere holds no mask named grey; add it"),
-    ("grey.png", "--out empty", "empty: File exists"),
+    ("grey.png", "--out empty", "File exists: 'empty'"),
 ])
 def test_bad_input_ends_with_one_line_and_status_2(name, options, message, grey, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
