@@ -157,9 +157,9 @@ def add_options(parser: Parser, amp: bool | None = None):
            "under 16, less in proportion)")
     option("--class-weights", type=class_weight, nargs="+", metavar="W", help="weight of each class in the loss: a "
            "number for each, or balanced, with which rare classes weigh more (default: all the same)")
-    option("--freeze-batch-norm", type=float, help="after this part of the training steps, batch norm "
-           "keeps its running statistics and uses them, as in evaluation; 1: never, as in the paper (default: 0.3, but "
-           "not before 300 steps, or half of them if there are fewer than 600)")
+    option("--freeze-batch-norm", type=float, help="after this part of the training steps, batch norm keeps its "
+           "running statistics and uses them, as in evaluation; 1: never, as in the paper (default: 0.3, but not before 300 "
+           "steps, or half of them if there are fewer than 600)")
     option("--seed", type=natural, default=0, help="seed of the images, the weights, dropout and the order (default: "
            "%(default)s)")
 
@@ -168,10 +168,10 @@ def add_options(parser: Parser, amp: bool | None = None):
            "they are needed, so that a GPU holds those of one tile at a time (default: no)")
     option("--amp", action=argparse.BooleanOptionalAction, default=amp, help="compute in bfloat16, with weights, "
            "statistics and sums in float32 (default: where the hardware has it; plan.py: yes)")
-    option("--workers", type=natural, help="processes that read images ahead, for each process that "
-           "trains (default: for a folder one for each CPU core, at most 4; else 0)")
-    option("--image-processes", type=positive, default=1, help="how many of the processes that torchrun "
-           "starts share the tiles of each image; with 1 they share out batches only (default: %(default)s)")
+    option("--workers", type=natural, help="processes that read images ahead, for each process that trains (default: "
+           "for a folder one for each CPU core, at most 4; else 0)")
+    option("--image-processes", type=positive, default=1, help="how many of the processes that torchrun starts share "
+           "the tiles of each image; with 1 they share out batches only (default: %(default)s)")
 
 
 def plan_parser() -> Parser:
@@ -179,7 +179,7 @@ def plan_parser() -> Parser:
     parser = Parser(usage="%(prog)s [OPTIONS]", description="Predict the peak memory of each GPU in a training step of "
                     "train.py, without a GPU.")
     option = parser.add_argument_group("what to predict").add_argument
-    option("--memory", type=number(2, float), help="memory of a GPU, to be told also what would fit "
+    option("--memory", type=float, help="memory of a GPU, to be told also what would fit "
            "into it")
     option("--run", help="folder of a run of train.py, whose options are taken where they are not given here")
     option("--channels", type=positive, default=1, help="channels of the image (default: %(default)s)")
@@ -230,10 +230,8 @@ def options_beside(name: str, allowed: Sequence[str], arguments: list[str] | Non
     for action in parser._actions:
         action.default = argparse.SUPPRESS  # an option that is not given has no value
     given = vars(parser.parse_args(arguments))
-    others = given.keys() - {name, *allowed}
-    if others:
-        parser.error(f"--{name} goes on with the options of the run; beside it can stand {', '.join(allowed)}, but not "
-                     f"{', '.join(others)}")
+    if given.keys() - {name, *allowed}:
+        parser.error(f"--{name} takes the options of the run; beside it can only stand {', '.join(allowed)}")
     return given
 
 

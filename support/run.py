@@ -122,21 +122,18 @@ class Run:
 
         state: what last.pt held, to go on from there; or {"model": the weights to begin with}; or {}.
         """
-        if "rows" in state:
-            self.restore(state)
-        elif "model" in state:
-            self.model.load_state_dict(state["model"], strict=False)
+        goes_on = "rows" in state
+        if "model" in state:
+            self.model.load_state_dict(state["model"], strict=goes_on)  # in a new run, the last layer may be missing
+        if goes_on:
+            self.rows = state["rows"]
+            self.best = state["best"]
+            self.best_weights = state["best_weights"]
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.schedule.load_state_dict(state["schedule"])
+            torch.set_rng_state(state["random"])
+            torch.cuda.set_rng_state_all(state["random_gpus"][:torch.cuda.device_count()])
         self.write()
-
-    def restore(self, state: dict):
-        self.rows = state["rows"]
-        self.best = state["best"]
-        self.best_weights = state["best_weights"]
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.schedule.load_state_dict(state["schedule"])
-        torch.set_rng_state(state["random"])
-        torch.cuda.set_rng_state_all(state["random_gpus"][:torch.cuda.device_count()])
 
     def write(self):
         """Writes the run as it is: last.pt first, which holds everything, so that the other files can be made of it.

@@ -98,15 +98,6 @@ def assert_best_is_the_best(run: Run):
     assert best["model"]["weight"].item() == pytest.approx(max(scores))
 
 
-def test_a_kill_is_tried_at_every_write_of_a_run(tmp_path, monkeypatch):
-    counter = KillAt(0, after=False)
-    monkeypatch.setattr(os, "replace", counter)
-    run = begin(tmp_path)
-    train_epochs(run, SCORES)
-    assert counter.calls_left == -WRITES
-    assert_best_is_the_best(run)
-
-
 @pytest.mark.parametrize("after", [False, True], ids=["before it", "after it"])
 @pytest.mark.parametrize("call", range(1, WRITES + 1))
 def test_after_a_kill_at_any_file_best_pt_is_that_of_the_best_epoch_though_the_repeated_epoch_ends_otherwise(
@@ -142,9 +133,8 @@ def test_the_last_epoch_is_the_best_where_the_validation_masks_lack_a_class(tmp_
 
 
 def test_a_checkpoint_that_was_copied_in_part_is_damaged(tmp_path):
-    checkpoints.save(tmp_path / "whole.pt", {"config": {}, "model": {"weight": torch.zeros(10_000)}})
-    whole = (tmp_path / "whole.pt").read_bytes()
-    for length in (0, 5000, len(whole) - 1):
-        (tmp_path / "part.pt").write_bytes(whole[:length])
-        with pytest.raises(CheckpointError, match="part.pt: is damaged"):
-            checkpoints.load(tmp_path / "part.pt")
+    path = tmp_path / "part.pt"
+    checkpoints.save(path, {"config": {}, "model": {"weight": torch.zeros(10_000)}})
+    path.write_bytes(path.read_bytes()[:20_000])
+    with pytest.raises(CheckpointError, match="part.pt: is damaged"):
+        checkpoints.load(path)

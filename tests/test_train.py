@@ -127,7 +127,7 @@ def test_tiles_that_do_not_communicate_can_only_guess_the_line(tmp_path, no_pict
     ("--data here", "--dataset folder and --data DIR go together; give both, or none of them"),
     ("--dataset folder", "--dataset folder and --data DIR go together"),
     ("--resume nowhere", "No such file or directory: 'nowhere/last.pt'"),
-    ("--resume here --workers 1 --epochs=4", "beside it can stand data, gpus, workers, image_processes, but not epochs"),
+    ("--resume here --workers 1 --epochs=4", "beside it can only stand data, gpus, workers, image_processes"),
     ("--init nowhere.pt", "No such file or directory: 'nowhere.pt'"),
     ("--out README.md/run", "Not a directory: 'README.md/run'"),
     ("--grid 9x1", "9x1 tiles: an image of 64x64 pixels in cells of 8x8 can have 1x1 to 8x8"),
