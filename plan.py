@@ -323,7 +323,7 @@ def describe_images(config: dict):
         root = Path(config["data"])
         images = open_folder(root, config["seed"])["train"]
         image = read_image(images.pairs[0][0])
-        config["image_size"] = image.shape[:2]
+        config["image_size"] = config["crop"] or image.shape[:2]
         config["channels"] = image.shape[2]
         config["dtype"] = str(image.dtype)
         config["classes"] = len(class_names(root) or range(config["classes"]))
@@ -351,7 +351,7 @@ def main(arguments: list[str] | None = None):
         else:
             describe_images(config)
         config["gpus"] = max(config["gpus"], 1)
-        config["image_size"] = check_sizes(config, {tuple(config["image_size"]): "the image"})
+        check_sizes(config, {tuple(config["image_size"]): "the image"})
         if config["image_processes"] > math.prod(config["grid"]):
             raise UserError(f"--image-processes {config['image_processes']}: there are fewer tiles; take a finer --grid")
 

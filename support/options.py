@@ -158,8 +158,8 @@ def add_options(parser: Parser, amp: bool | None = None):
     option("--class-weights", type=class_weight, nargs="+", metavar="W", help="weight of each class in the loss: a "
            "number for each, or balanced, with which rare classes weigh more (default: all the same)")
     option("--freeze-batch-norm", type=float, help="after this part of the training steps, batch norm keeps its "
-           "running statistics and uses them, as in evaluation; 1: never, as in the paper (default: 0.3, but not before 300 "
-           "steps, or half of them if there are fewer than 600)")
+           "running statistics and uses them, as in evaluation; 1: never, as in the paper (default: 0.3, but not before "
+           "300 steps, or half of them if there are fewer than 600)")
     option("--seed", type=natural, default=0, help="seed of the images, the weights, dropout and the order (default: "
            "%(default)s)")
 
@@ -260,8 +260,8 @@ def check(config: dict, parser: Parser):
                      "channels; take at most that many")
     if (config["dataset"] == "folder") != bool(config["data"]):
         parser.error("--dataset folder and --data DIR go together; give both, or none of them")
-    if config["class_weights"] == ["balanced"] and not config["data"]:
-        parser.error("--class-weights balanced is for --dataset folder; give a number for each class")
+    if not config["data"] and (config["crop"] or config["class_weights"] == ["balanced"]):
+        parser.error("--crop and --class-weights balanced are for --dataset folder, and not for synthetic images")
 
 
 # Errors in one line
