@@ -158,8 +158,8 @@ def add_options(parser: Parser, amp: bool | None = None):
     option("--class-weights", type=class_weight, nargs="+", metavar="W", help="weight of each class in the loss: a "
            "number for each, or balanced, with which rare classes weigh more (default: all the same)")
     option("--freeze-batch-norm", type=float, help="after this part of the training steps, batch norm keeps its "
-           "running statistics and uses them, as in evaluation; 1: never, as in the paper (default: 0.3, but not before "
-           "300 steps, or half of them if there are fewer than 600)")
+           "running statistics and uses them, as in evaluation; 1: never, as in the paper (default: 0.3, but not "
+           "before 300 steps, or half of them if there are fewer than 600)")
     option("--seed", type=natural, default=0, help="seed of the images, the weights, dropout and the order (default: "
            "%(default)s)")
 
