@@ -45,9 +45,10 @@ def prepare_run(arguments: list[str] | None, parser) -> tuple[dict, Path, dict]:
 
 
 def make_folder(config: dict) -> Path:
-    """The folder of a new run. As it is made here, no other run has it, even if both begin at the same instant.
+    """The folder of a new run: --out, or else a new one in runs/. As it is made here, no other run has it, even if both
+    begin at the same instant, for only one of them can make it.
 
-    OSError: it is there already, or cannot be made.
+    OSError: --out is there already, or cannot be made.
     """
     if config["out"]:
         out = Path(config["out"])
@@ -55,21 +56,14 @@ def make_folder(config: dict) -> Path:
         return out
     data = Path(config["data"] or "synthetic").name
     rows, columns = config["grid"]
-    return new_folder(f"runs/{data}-{rows}x{columns}-k{config['comm_channels']}-seed{config['seed']}")
-
-
-def new_folder(name: str) -> Path:
-    """Makes the folder `name`, or if that exists already, `name-2`, `name-3`, ...
-
-    Of two programs that do this at the same time each gets a folder of its own, as only one of them can make it.
-    """
-    path = Path(name)
+    name = f"runs/{data}-{rows}x{columns}-k{config['comm_channels']}-seed{config['seed']}"
+    out = Path(name)
     for i in itertools.count(2):
         try:
-            path.mkdir(parents=True)
-            return path
+            out.mkdir(parents=True)
+            return out
         except FileExistsError:
-            path = Path(f"{name}-{i}")
+            out = Path(f"{name}-{i}")
 
 
 def resume_run(asked: dict) -> tuple[dict, Path, dict]:

@@ -10,7 +10,7 @@ from test_folder import make_folder
 import train
 from support.options import train_parser
 from support.run import make_folder as make_folder_of_run
-from support.run import new_folder, prepare_run
+from support.run import prepare_run
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
 TINY = "--width 2 --depth 1 --comm-channels 0 --train-images 8 --batch-size 8 --epochs 1".split()
@@ -55,8 +55,9 @@ def together(function, *arguments) -> list:
 
 
 def test_of_many_that_want_a_new_folder_at_the_same_instant_each_gets_its_own():
-    for attempt in range(20):
-        found = together(new_folder, f"many-{attempt}")
+    config = {"out": None, "data": None, "grid": (2, 2), "comm_channels": 0, "seed": 0}
+    for _ in range(20):
+        found = together(make_folder_of_run, config)
         assert len(set(found)) == len(found)
 
 
