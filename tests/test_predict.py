@@ -338,7 +338,7 @@ def save_good_and_bad_images(folder):
     ("missing.png", "", "missing.png: cannot be read ([Errno 2] No such file"),
     ("broken.png", "", "broken.png: cannot be read (cannot identify image file"),
     ("grey.png", "--grid 99x1", "99x1 tiles: an image of 32x32 pixels"),
-    ("grey.png", "--grid 0x2", "--grid: 0 is not 1 or more"),
+    ("grey.png", "--grid 0x2", "--grid: 0 is not from 1"),
     (".", "", "--out predictions: is inside ., where the masks would be taken for images"),
     ("grey.png", "--masks nowhere", "nowhere holds no mask named grey; add it"),
     ("grey.png", "--out empty", "File exists: 'empty'"),

@@ -97,7 +97,7 @@ def test_the_plain_unet_is_a_flag_away(tmp_path, no_pictures):
 
 
 LINES = ("--grid 1x2 --image-size 32x64 --depth 2 --width 8 --comm-channels 16 --train-images 320 --epochs 3 "
-         "--batch-size 8").split()
+         "--batch-size 8 --lr 0.015").split()
 
 
 def line_iou(out, *options) -> float:
@@ -117,13 +117,14 @@ def test_tiles_that_do_not_communicate_can_only_guess_the_line(tmp_path, no_pict
 # Bad input
 
 @pytest.mark.parametrize("arguments, message", [
-    ("--gpus 0", "--gpus: 0 is not 1 or more"),
+    ("--gpus 0", "--gpus: 0 is not from 1"),
+    ("--dropout 2", "--dropout: 2 is not from 0 to 0.99"),
     ("--gpus many", "--gpus: invalid number value: 'many'"),
-    ("--class-weights 1 nan 1", "--class-weights: nan is not 0 or more"),
+    ("--class-weights 1 nan 1", "--class-weights: nan is not from 0"),
     ("--class-weights 1 1", "--class-weights: 2 numbers, but there are 3 classes"),
     ("--class-weights balanced", "--crop and --class-weights balanced are for --dataset folder"),
     ("--crop 32", "--crop and --class-weights balanced are for --dataset folder"),
-    ("--grid 2x0", "--grid: 0 is not 1 or more"),
+    ("--grid 2x0", "--grid: 0 is not from 1"),
     ("--grid 2x3x4", "--grid: invalid pair value: '2x3x4'"),
     ("--data here", "--dataset folder and --data DIR go together; give both, or none of them"),
     ("--dataset folder", "--dataset folder and --data DIR go together"),
@@ -146,7 +147,7 @@ def test_bad_input_ends_with_one_line_and_status_2(arguments, message, capsys, m
     assert message in said.err
 
 
-@pytest.mark.parametrize("gpus, grid", [(0, (2, 2)), (4, (2, 2)), (5, (2, 3)), (8, (2, 4))])
+@pytest.mark.parametrize("gpus, grid", [(0, (2, 2)), (4, (2, 2)), (6, (2, 3)), (16, (4, 4))])
 def test_default_grids(gpus, grid):
     assert options.default_grid(gpus) == grid
 
@@ -194,6 +195,11 @@ def test_all_commands_load_where_python_has_no_fcntl_and_no_resource():
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
-@pytest.mark.parametrize("batch_size, lr, expected", [(1, None, 0.015 / 16), (16, None, 0.015), (64, None, 0.015), (4, 0.1, 0.1)])
+@pytest.mark.parametrize("batch_size, lr, expected", [
+    (1, None, 0.015 / 16),
+    (16, None, 0.015),
+    (64, None, 0.015),
+    (4, 0.1, 0.1),
+])
 def test_with_fewer_images_in_a_step_the_learning_rate_is_lower_in_proportion(batch_size, lr, expected):
     assert train.peak_learning_rate({"batch_size": batch_size, "lr": lr}) == expected
