@@ -32,7 +32,7 @@ def folder(tmp_path, monkeypatch):
     (comm_channels, "comm_channels", "| 2 | 8 | "),
     (deepglobe, "deepglobe", "| 0.6680 |"),
     (generalise, "generalise", "| with communication | 256x256 | 8x8 |"),
-    (lakes, "lakes", "| with communication | balanced |"),
+    (lakes, "lakes", "| with communication |"),
     (memory, "memory", "| 128x128 |"),
     (norm, "norm", "| areas | 2 |"),
     (qualitative, "qualitative", "| same network, no exchange |"),
