@@ -141,11 +141,9 @@ def broadcast_result(function: Callable, *arguments):
 
 
 def seed_dropout(seed: int, epoch: int):
-    """Every group but the first draws random numbers of its own in each epoch, so that they need
-    not be saved. The processes of a group draw the same, so that dropout in the communication
-    network is the same in all of them."""
-    if group_rank() > 0:
-        torch.manual_seed(hash((seed, epoch, group_rank())) % 2**63)
+    """From here on, random numbers are those of this epoch, so a run that goes on need not know earlier ones. The
+    processes of a group draw the same, so that dropout in the communication network is the same in all of them."""
+    torch.manual_seed(hash((seed, epoch, group_rank())) % 2**63)
 
 
 class SumOverGroup(torch.autograd.Function):

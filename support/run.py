@@ -15,7 +15,6 @@ import itertools
 import math
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from support import checkpoints, plots, processes
@@ -125,8 +124,6 @@ class Run:
             self.best_weights = state["best_weights"]
             self.optimizer.load_state_dict(state["optimizer"])
             self.schedule.load_state_dict(state["schedule"])
-            torch.set_rng_state(state["random"])
-            torch.cuda.set_rng_state_all(state["random_gpus"][:torch.cuda.device_count()])
         self.write()
 
     def write(self):
@@ -142,8 +139,6 @@ class Run:
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
-            "random": torch.get_rng_state(),
-            "random_gpus": torch.cuda.get_rng_state_all(),
         })
         if self.best is not None:
             best = {"config": self.config, "epoch": self.best["epoch"], "model": self.best_weights}
