@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from unittest import mock
 
-from support.options import UserError, one_line_errors, options_beside, parse, plan_parser, show_progress, tiles_each
+from support.options import one_line_errors, options_beside, parse, plan_parser, show_progress, tiles_each
 
 if __name__ == "__main__" and "--help" in sys.argv:
     plan_parser().parse_args()  # answers before PyTorch is loaded, which takes seconds
