@@ -111,8 +111,8 @@ class Contestant:
 
 def predicted_mib(config: dict) -> float:
     """What plan.py predicts for such a step."""
-    phases, _ = plan.predict_phases(config, config["frozen"])
-    return max(phase["cpu:1"] for phase in phases) / 2**20
+    peak, _ = plan.predict(config, config["frozen"])
+    return peak[plan.FIRST] / 2**20
 
 
 def enter(config: dict, device: torch.device, predicted: float) -> tuple[Contestant, float] | None:

@@ -39,9 +39,9 @@ MODELS = {  # what they change
 
 
 def peaks_in_gib(config: dict) -> list[float]:
-    """The peak memory of each GPU."""
+    """The peak memory of the first GPU, and of each other one, if there are others."""
     peak, _ = plan.predict(config)
-    return [peak[f"cpu:{i + 1}"] / 2**30 for i in range(config["gpus"])]
+    return [size / 2**30 for size in peak.values() if size > 0]
 
 
 def draw(path: Path, sizes: list[int], results: dict[str, list[list[float]]]):
