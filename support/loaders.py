@@ -6,7 +6,6 @@ the image alone. The number of workers and the number of processes change nothin
 
 import math
 import os
-import signal
 import tempfile
 from collections.abc import Iterator
 
@@ -19,7 +18,7 @@ from support import processes
 from support.loss import IGNORE
 
 MOST_WORKERS = 4  # by default: each holds a few batches in memory
-LONGEST_TMPDIR = 70  # characters; the sockets of workers lie in it, and no system takes a longer path for one
+LONGEST_TMPDIR = 70  # characters; in a longer one, workers cannot make their sockets, and would be waited for for ever
 
 
 class Augmented(Dataset):
@@ -45,8 +44,6 @@ class Augmented(Dataset):
         image, mask = self.images[self.items[i]]
         if not counts:
             mask = torch.full(mask.shape, IGNORE, dtype=torch.uint8)
-        if self.crop is None and not self.augment:  # what is mapped is not read
-            return image, mask
         rng = np.random.default_rng((self.seed, epoch, i))
         height, width = self.crop or mask.shape
         top = rng.integers(mask.shape[0] - height + 1)
@@ -110,7 +107,7 @@ def make_loaders(datasets: dict[str, Dataset], config: dict) -> dict[str, DataLo
     augment = config["augment"] and not synthetic
     train = Augmented(datasets["train"], windows, config["crop"], augment, config["seed"])
     batches = Batches(len(train), config["batch_size"], config["seed"])
-    workers = number_of_workers(config, datasets["train"])
+    workers = number_of_workers(config)
     loaders = {
         "train": DataLoader(
             train,
@@ -129,35 +126,11 @@ def make_loaders(datasets: dict[str, Dataset], config: dict) -> dict[str, DataLo
     return loaders
 
 
-def start(loader: DataLoader) -> Iterator[tuple[Tensor, Tensor]]:
-    """The batches of a loader. While its workers are started, Ctrl-C waits, as Python could lose it then. To the workers
-    it means nothing: they leave it to the process that trains."""
-    if getattr(loader, "num_workers", 0) == 0:  # a list of batches will do, too
-        return iter(loader)
-    pressed = []
-
-    def note(*signal_and_frame):
-        pressed.append(True)
-
-    before = signal.signal(signal.SIGINT, note)  # which the workers inherit
-    try:
-        batches = iter(loader)
-    finally:
-        signal.signal(signal.SIGINT, before)
-    if pressed:
-        signal.raise_signal(signal.SIGINT)
-    return batches
-
-
-def number_of_workers(config: dict, images: Dataset) -> int:
+def number_of_workers(config: dict) -> int:
     """How many worker processes read the images to learn from: as --workers says, or by default one for each CPU core
-    of this process, but at most MOST_WORKERS. 0 for synthetic images, which are made in no time, and for whole arrays,
-    of which a worker would read all, and not only the tile at hand.
+    of this process, but at most MOST_WORKERS. 0 for synthetic images, which are made in no time.
     """
     if config["dataset"] == "synthetic" or len(tempfile.gettempdir()) > LONGEST_TMPDIR:
-        return 0
-    first_image, _ = images.pairs[0]
-    if first_image.suffix.lower() == ".npy" and config["crop"] is None:
         return 0
     if config["workers"] is not None:
         return config["workers"]

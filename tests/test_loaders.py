@@ -1,11 +1,7 @@
 """Which batches a loader gives, whoever reads the images."""
 
 import csv
-import os
-import signal
 import tempfile
-import threading
-from pathlib import Path
 
 import conftest
 import numpy as np
@@ -185,22 +181,18 @@ def test_there_is_a_worker_for_each_core_but_at_most_four_and_none_for_synthetic
     monkeypatch.setattr(loaders, "MOST_WORKERS", conftest.MOST_WORKERS)  # as outside of the tests
     monkeypatch.setattr(loaders.os, "cpu_count", lambda: 3)
     config = {**CONFIG, "workers": None}
-    pictures = ImageFolder([(Path("a.png"), Path("a.png"))])
-    assert number_of_workers(config, pictures) == 3
-    assert number_of_workers({**config, "workers": 7}, pictures) == 7
-    assert number_of_workers({**config, "dataset": "synthetic"}, None) == 0
-    arrays = ImageFolder([(Path("a.npy"), Path("a.png"))])
-    assert number_of_workers(config, arrays) == 3
-    assert number_of_workers({**config, "crop": None}, arrays) == 0  # whole, of which a tile is read at a time
+    assert number_of_workers(config) == 3
+    assert number_of_workers({**config, "workers": 7}) == 7
+    assert number_of_workers({**config, "dataset": "synthetic"}) == 0
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    assert number_of_workers(config, pictures) == 1
+    assert number_of_workers(config) == 1
     monkeypatch.setattr(loaders.os, "cpu_count", lambda: 64)
-    assert number_of_workers(config, pictures) == 4
+    assert number_of_workers(config) == 4
 
 
 def test_there_is_none_where_a_long_path_of_tmpdir_would_let_it_wait_for_ever(monkeypatch):
     monkeypatch.setattr(tempfile, "gettempdir", lambda: 80 * "t")
-    assert number_of_workers({**CONFIG, "workers": 2}, None) == 0
+    assert number_of_workers({**CONFIG, "workers": 2}) == 0
 
 
 def test_an_item_that_does_not_count_has_no_pixel_that_does_whatever_the_type_of_its_mask(tmp_path):
@@ -211,25 +203,3 @@ def test_an_item_that_does_not_count_has_no_pixel_that_does_whatever_the_type_of
     assert torch.equal(mask, torch.eye(4, dtype=torch.uint8))
     _, mask = images[1, 0, False]
     assert (mask == 255).all()
-
-
-class PressesCtrlC(loaders.DataLoader):
-    """While its workers are started, Ctrl-C reaches the process."""
-
-    def __iter__(self):
-        os.kill(os.getpid(), signal.SIGINT)
-        batches = super().__iter__()
-        self.started = True
-        return batches
-
-
-def test_ctrl_c_waits_until_the_workers_are_started():
-    """Also where another thread gets the signal first, as those of OpenMP may."""
-    done = threading.Event()
-    threading.Thread(target=done.wait).start()
-    loader = PressesCtrlC([1, 2], num_workers=1)
-    with pytest.raises(KeyboardInterrupt):
-        loaders.start(loader)
-    done.set()
-    assert loader.started
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
