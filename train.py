@@ -38,7 +38,7 @@ from decompose import DecomposedUNet, Tiling
 from support import processes, scale
 from support.datasets import build_datasets
 from support.images import normalise
-from support.loaders import make_loaders
+from support.loaders import make_loaders, start
 from support.loss import IGNORE, SUMS, loss_from_sums, loss_sums
 from support.model import build_from_config
 from support.plots import downsampling
@@ -171,7 +171,7 @@ def train_epoch(model, loader, optimizer, schedule, config: dict, devices: list,
     """
     progress = Progress("step", schedule.total_steps, schedule.last_epoch)
     losses = []
-    for images, masks in loader:
+    for images, masks in start(loader):
         step = schedule.last_epoch  # PyTorch's name for the number of steps that the schedule has made
         set_training_mode(model, frozen=step >= freeze_step)
         loss = train_step(model, images, masks, optimizer, schedule, config, devices)

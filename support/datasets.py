@@ -136,7 +136,7 @@ class Look(NamedTuple):
     kind: tuple[int, str]
     pixels: Counter
     palette: list | None
-    statistics: tuple
+    statistics: np.ndarray
 
 
 def look_at(dataset: ImageFolder, i: int, classes: int) -> Look:
@@ -145,7 +145,7 @@ def look_at(dataset: ImageFolder, i: int, classes: int) -> Look:
     image, mask = dataset.read(i)
     pixels = count_pixels(mask, mask_path, classes)
     found = statistics(image, mask)
-    if found[0] < pixels.total() - pixels[IGNORE]:
+    if found[0].min() < pixels.total() - pixels[IGNORE]:
         raise DataError(f"{image_path}: holds nan or inf; give these pixels {IGNORE} in the mask, so that they do not "
                         "count, or replace them")
     kind = image.shape[2], str(image.dtype)

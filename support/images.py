@@ -27,6 +27,7 @@ READ_EXACTLY = "1 L LA RGB RGBA P P;1 P;2 P;4 CMYK CMYK;I I;16 I;16B I;16N I;16S
 ORIENTATION = 0x0112  # in the data of a camera (EXIF): how it was held
 WHITE = {"uint8": 255, "uint16": 65535}  # in other types it is 1
 FAR = 10  # standard deviations from the mean
+BLOCK = 2**20  # numbers that are looked at together
 Image.MAX_IMAGE_PIXELS = None  # large images are what this project is for
 
 
@@ -166,32 +167,35 @@ def normalise(tile: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tens
     return x.nan_to_num_(nan=0).clamp_(-FAR, FAR).to(torch.get_default_dtype())
 
 
-def statistics(image: np.ndarray, mask: np.ndarray | int = 0) -> tuple[int, np.ndarray, np.ndarray]:
-    """Of an image (H,W,C): how many pixels count, and their mean and variance in each channel (C), where white is 1.
+def statistics(image: np.ndarray, mask: np.ndarray | int = 0) -> np.ndarray:
+    """(3,C): how many numbers each channel of an image (H,W,C) has, their mean and their variance, where white is 1.
 
-    A pixel counts unless the mask (H,W) says that it does not, or it holds nan or inf.
+    Pixels that do not count in the mask (H,W) are left out, and so are nan and inf.
     """
-    zeros = np.zeros(image.shape[2])
-    rows = [(0, zeros, zeros)]
-    for pixels, labels in zip(image, np.broadcast_to(mask, image.shape[:2])):  # as all may be larger than the memory
-        x = pixels[labels != IGNORE].astype(np.float64) / white(image)
-        x = x[np.isfinite(x).all(axis=1)]
-        if len(x) > 0:
-            rows.append((len(x), x.mean(axis=0), x.var(axis=0)))
-    return merge(rows)
+    mask = np.broadcast_to(mask, image.shape[:2])
+    blocks = image.size // BLOCK + 1  # some rows each: a mapped array may be larger than the memory
+    found = np.zeros((blocks, 3, image.shape[2]))
+    for i, (pixels, labels) in enumerate(zip(np.array_split(image, blocks), np.array_split(mask, blocks))):
+        for channel in range(image.shape[2]):
+            x = pixels[..., channel][labels != IGNORE].astype(np.float64)
+            x = x[np.isfinite(x)] / white(image)
+            if x.size > 0:
+                found[i, :, channel] = x.size, x.mean(), x.var()
+    return merge(found)
 
 
-def merge(parts: list[tuple[int, np.ndarray, np.ndarray]]) -> tuple[int, np.ndarray, np.ndarray]:
-    """The statistics of several rows, or of several images -> those of all their pixels.
+def merge(parts: Sequence[np.ndarray]) -> np.ndarray:
+    """The statistics (3,C) of some blocks, or of some images -> those of all their pixels.
 
     The variance of all is the mean of the variances plus the variance of the means. (The mean of the squares less the
     square of the mean would lose a deviation of 0.1 beside a mean of 100,000.)
     """
-    counts, means, variances = zip(*parts)
-    count = sum(counts)
-    mean = np.dot(counts, means) / max(count, 1)
-    variance = np.dot(counts, variances + (means - mean) ** 2) / max(count, 1)
-    return count, mean, variance
+    counts, means, variances = np.stack(parts, axis=1)
+    count = counts.sum(axis=0)
+    weights = counts / np.maximum(count, 1)
+    mean = (weights * means).sum(axis=0)
+    variance = (weights * (variances + (means - mean) ** 2)).sum(axis=0)
+    return np.stack([count, mean, variance])
 
 
 def check_values(image: np.ndarray, name: Path | str, config: dict) -> str | None:
@@ -210,7 +214,7 @@ def check_values(image: np.ndarray, name: Path | str, config: dict) -> str | Non
     if is_far and config["dtype"] is not None:
         return (f"{name}: numbers far from those of training: means are up to {away:.3g} deviations of training away, "
                 f"and deviations up to {spread:.3g} times as large; bring the numbers to the same units")
-    if count < image[..., 0].size:
+    if count.sum() < image.size:
         return f"{name}: holds nan or inf; nan is taken as the mean of the training images, inf as 10 deviations"
     return None
 

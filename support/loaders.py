@@ -6,6 +6,7 @@ the image alone. The number of workers and the number of processes change nothin
 
 import math
 import os
+import signal
 import tempfile
 from collections.abc import Iterator
 
@@ -124,6 +125,15 @@ def make_loaders(datasets: dict[str, Dataset], config: dict) -> dict[str, DataLo
         batch_size = config["batch_size"] if synthetic else 1  # images to evaluate may have several sizes
         loaders[split] = DataLoader(images, batch_size, sampler=mine, collate_fn=collate)
     return loaders
+
+
+def start(loader: DataLoader) -> Iterator[tuple[Tensor, Tensor]]:
+    """The batches of a loader. Its workers inherit that Ctrl-C means nothing: they leave it to the process that trains."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        return iter(loader)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def number_of_workers(config: dict) -> int:
