@@ -2,13 +2,14 @@
 
 import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
 import train
-from support import checkpoints, datasets, images, processes
+from support import datasets, images, processes
 from support.folder import open_folder
 from support.images import DataError
 from support.options import parse, train_parser
@@ -104,7 +105,7 @@ def three_splits(tmp_path):
 # Which pairs there are
 
 def count_pairs(splits):
-    return [len(splits[split]) for split in ("train", "val", "test")]
+    return [len(dataset) for dataset in splits.values()]
 
 
 @pytest.mark.parametrize("image, mask", [("a.jpg", "a.png"), ("a.npy", "a.npy"), ("2020/1.PNG", "2020/1.png")])
@@ -370,64 +371,51 @@ def test_an_epoch_has_as_many_windows_as_cover_each_image(tmp_path, capsys):
 
 # A run that goes on has the images that it was begun with
 
-@pytest.fixture(scope="module")
-def begun(tmp_path_factory):
-    """A folder with grey images in data, and a run on them in run. No test may change it."""
-    place = tmp_path_factory.mktemp("begun")
-    make_folder(place / "data", 8, channels=1)
-    options = "--width 2 --depth 1 --comm-channels 0 --batch-size 8 --epochs 1 --workers 0 --dataset folder --data"
-    train.main([*options.split(), str(place / "data"), "--out", str(place / "run")])
-    return place
-
-
 @pytest.fixture
-def place(begun, tmp_path, monkeypatch, no_pictures):
-    """A copy that may be changed."""
-    shutil.copytree(begun, tmp_path / "place", copy_function=shutil.copy)  # with new times
-    path = tmp_path / "place/run/last.pt"
-    state = checkpoints.load(path)
-    state["config"]["data"] = str(tmp_path / "place/data")
-    checkpoints.save(path, state)
-    monkeypatch.chdir(tmp_path / "place")
-    return tmp_path / "place"
+def run(tmp_path, monkeypatch, no_pictures):
+    """A run in the folder run, on the grey images in the folder data."""
+    monkeypatch.chdir(tmp_path)
+    make_folder(Path("data"), 8, channels=1)
+    options = "--width 2 --depth 1 --comm-channels 0 --batch-size 8 --epochs 1 --workers 0 --data data --out run"
+    train.main(["--dataset", "folder", *options.split()])
+    return Path("run")
 
 
-def message_of(capsys, *options) -> str:
-    with pytest.raises(SystemExit, match="2"):
-        train.main(["--resume", "run", *options])
-    return capsys.readouterr().err
-
-
-def make_a_mask_longer(data):
-    path = data / "train/masks/3.png"
+def make_a_mask_longer():
+    path = Path("data/train/masks/3.png")
     path.write_bytes(path.read_bytes() + b"\0")
 
 
-def give_a_pair_another_name(data):
+def give_a_pair_another_name():
     for kind in ("images", "masks"):
-        path = data / f"train/{kind}/7.png"
-        path.rename(path.with_name("77.png"))
+        Path(f"data/train/{kind}/7.png").rename(f"data/train/{kind}/77.png")
 
 
-@pytest.mark.parametrize("change, first", [
-    (make_a_mask_longer, "train/masks/3.png: this file is not the one that the run was begun with"),
-    (give_a_pair_another_name, "train/images/7.png: this file is not"),
+def move_the_data():
+    Path("data").rename("elsewhere")
+
+
+@pytest.mark.parametrize("change, message", [
+    (make_a_mask_longer, "data/train/masks/3.png: this file is not the one that the run was begun with"),
+    (give_a_pair_another_name, "data/train/images/7.png: this file is not"),
+    (move_the_data, "No such file or directory: 'data'"),
 ])
-def test_the_first_file_that_is_another_one_is_named(change, first, place, capsys):
-    change(place / "data")
-    before = (place / "run/last.pt").read_bytes()
-    assert first in message_of(capsys)
-    assert (place / "run/last.pt").read_bytes() == before
+def test_the_first_file_that_is_missing_or_another_one_is_named(change, message, run, capsys):
+    change()
+    before = (run / "last.pt").read_bytes()
+    with pytest.raises(SystemExit, match="2"):
+        train.main(["--resume", "run"])
+    assert message in capsys.readouterr().err
+    assert (run / "last.pt").read_bytes() == before
 
 
-def test_data_that_has_moved_is_found_with_data(place, capsys):
-    (place / "data").rename(place / "elsewhere")
-    assert f"No such file or directory: '{place / 'data'}'" in message_of(capsys)
+    config, _, _ = prepare_run("--resume run --image-processes 2 --workers=1 --gpus 2".split(), train_parser())
+    assert config["image_processes"] == 2
     train.main(["--resume", "run", "--data", "elsewhere"])
     assert "1 of 1 epochs are done" in capsys.readouterr().out
 
 
-def test_another_number_of_workers_and_of_processes_for_each_image_goes_with_resume(place, monkeypatch):
+def test_another_number_of_workers_and_of_processes_for_each_image_goes_with_resume(run, monkeypatch):
     monkeypatch.setattr(processes, "world_size", lambda: 4)
     config, _, _ = prepare_run("--resume run --image-processes 2 --workers=1 --gpus 2".split(), train_parser())
     assert config["image_processes"] == 2

@@ -7,7 +7,7 @@ import conftest
 import numpy as np
 import pytest
 import torch
-from test_folder import GREY, make_folder, save
+from test_folder import GREY, make_folder
 
 import train
 from support import loaders, processes
@@ -97,17 +97,17 @@ def test_a_run_with_workers_is_a_run_without(data, tmp_path, no_pictures):
 
 # Crops, flips and turns
 
-@pytest.fixture
-def matching_pair(tmp_path):
-    """An image and a mask that holds the hundreds of the image's values, so that one can be told from the other."""
-    image = save(tmp_path / "image.npy", GREY.astype(np.uint16))
-    mask = save(tmp_path / "mask.npy", (GREY // 100).astype(np.int64))
-    return ImageFolder([(image, mask)])
+def as_pair(image, mask):
+    """An image (H,W) of 16 bits and a mask, as a data set gives them."""
+    return torch.from_numpy(image.astype(np.uint16))[None], torch.from_numpy(mask)
+
+
+MATCHING = as_pair(GREY, GREY // 100)  # the mask tells where its pixels come from
 
 
 @pytest.mark.parametrize("size", [(8, 8), (6, 10)])
-def test_crops_and_turns_keep_image_and_mask_together(size, matching_pair):
-    data = Augmented(matching_pair, [1], size, augment=True, seed=0)
+def test_crops_and_turns_keep_image_and_mask_together(size):
+    data = Augmented([MATCHING], [1], size, augment=True, seed=0)
     different = set()
     for epoch in range(40):
         image, mask = data[epoch, 0, True]
@@ -118,8 +118,8 @@ def test_crops_and_turns_keep_image_and_mask_together(size, matching_pair):
     assert len(different) > 30
 
 
-def test_a_whole_image_is_flipped_in_all_four_ways(matching_pair):
-    data = Augmented(matching_pair, [1], None, augment=True, seed=0)
+def test_a_whole_image_is_flipped_in_all_four_ways():
+    data = Augmented([MATCHING], [1], None, augment=True, seed=0)
     seen = set()
     for epoch in range(40):
         image, _ = data[epoch, 0, True]
@@ -131,23 +131,26 @@ def test_a_whole_image_is_flipped_in_all_four_ways(matching_pair):
     assert seen == expected
 
 
-def test_windows_are_those_of_their_image_and_fall_everywhere(matching_pair):
+def test_windows_are_those_of_their_image_and_fall_everywhere():
     """All pixels of the second image are 7."""
-    image, mask = matching_pair.pairs[0]
-    other = save(image.with_name("other.npy"), np.full((12, 20), 7, np.uint16))
-    data = Augmented(ImageFolder([(image, mask), (other, mask)]), [3, 2], (12, 5), augment=False, seed=0)
+    data = Augmented([MATCHING, as_pair(np.full((12, 20), 7), GREY)], [3, 2], (12, 5), augment=False, seed=0)
     assert len(data) == 5
-    expected = set()
-    for left in range(16):
-        expected.add(tuple(GREY[:, left].tolist()))
-    seen = set()
+    columns = set()
     for epoch in range(40):
         for i in range(5):
             window, _ = data[epoch, i, True]
             assert bool((window == 7).all()) == (i >= 3)
             if i < 3:
-                seen.add(tuple(window[0, :, 0].tolist()))
-    assert seen == expected
+                columns.add(tuple(window[0, :, 0].tolist()))
+    assert columns == {tuple(GREY[:, left].tolist()) for left in range(16)}
+
+
+def test_an_item_that_does_not_count_has_no_pixel_that_does_whatever_the_type_of_its_mask():
+    images = Augmented([as_pair(GREY, GREY > 99)], [1], None, augment=False, seed=0)
+    _, mask = images[1, 0, True]
+    assert torch.equal(mask, torch.from_numpy(GREY > 99))
+    _, mask = images[1, 0, False]
+    assert (mask == 255).all()
 
 
 def test_a_window_of_a_mapped_array_is_all_that_is_read(tmp_path):
@@ -193,13 +196,3 @@ def test_there_is_a_worker_for_each_core_but_at_most_four_and_none_for_synthetic
 def test_there_is_none_where_a_long_path_of_tmpdir_would_let_it_wait_for_ever(monkeypatch):
     monkeypatch.setattr(tempfile, "gettempdir", lambda: 80 * "t")
     assert number_of_workers({**CONFIG, "workers": 2}) == 0
-
-
-def test_an_item_that_does_not_count_has_no_pixel_that_does_whatever_the_type_of_its_mask(tmp_path):
-    save(tmp_path / "image.png", np.zeros((4, 4), np.uint8))
-    save(tmp_path / "mask.npy", np.eye(4, dtype=bool))
-    images = Augmented(ImageFolder([(tmp_path / "image.png", tmp_path / "mask.npy")]), [1], None, False, seed=0)
-    _, mask = images[1, 0, True]
-    assert torch.equal(mask, torch.eye(4, dtype=torch.uint8))
-    _, mask = images[1, 0, False]
-    assert (mask == 255).all()
