@@ -54,7 +54,7 @@ def read_mask(path: Path) -> np.ndarray:
     """(H,W) class indices in the type of the file."""
     mask = read(path, is_mask=True)
     channels = mask.reshape(*mask.shape[:2], -1)
-    if mask.dtype.kind == "f" or (channels != channels[..., :1]).any():
+    if mask.dtype.kind == "f" or (channels[..., 1:] != channels[..., :1]).any():
         raise DataError(f"{path}: a mask of shape {mask.shape} and type {mask.dtype}, where whole numbers (H,W) were "
                         "expected, the class indices; of a mask in colour save the number of each colour, of a one-hot "
                         "mask mask.argmax(axis=2), each as .astype('uint8') (docs/own-images.md)")
