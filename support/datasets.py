@@ -44,10 +44,10 @@ def build_datasets(config: dict) -> dict[str, Dataset]:
 
 
 def describe(config: dict) -> dict:
-    """What the data add to the configuration: channels, dtype (None: any), classes, colors, mean and std of each channel
-    (where white is 1), image_size and loss_weights. Those of a folder also add class_pixels (how many pixels of each
-    class the training masks hold), not_in_val (the classes of these that the masks for val lack), windows (how many of
-    each training image an epoch has) and files (see `sizes_of_files`).
+    """What the data add to the configuration: channels, dtype (None: any), classes, colors, mean and std of each
+    channel (where white is 1), image_size and loss_weights. Those of a folder also add class_pixels (how many pixels
+    of each class the training masks hold), not_in_val (the classes of these that the masks for val lack), windows (how
+    many of each training image an epoch has) and files (see `sizes_of_files`).
 
     DataError: an image or a mask cannot be used, or they do not go together or with the options.
     """
@@ -100,17 +100,19 @@ def describe_folder(config: dict) -> dict:
     std = np.sqrt(variance)
     std[std <= 1e-9 * np.abs(mean)] = 1  # no more than rounding leaves: the channel is the same everywhere
 
-    image_size = check_sizes(config, {look.size: look.image.name for look in training})
+    sizes = {look.size: look.image.name for look in training}
+    image_size = check_sizes(config, sizes)
+    settings = {**config, "image_size": image_size}
     for look in looks["val"] + looks["test"]:
-        check_tiling({**config, "image_size": image_size}, look.size, look.image.name)
+        check_tiling(settings, look.size, look.image.name)
     windows = []
     for look in training:
         window = math.prod(config["crop"] or look.size)
         windows.append(math.ceil(math.prod(look.size) / window))
     steps = config["epochs"] * math.ceil(sum(windows) / config["batch_size"])
     counts = [f"{len(dataset)} for {split}" for split, dataset in datasets.items()]
-    print(f"{len(classes)} classes ({', '.join(classes)}), {channels}-channel images: {', '.join(counts)}; {steps} steps "
-          "of training")
+    print(f"{len(classes)} classes ({', '.join(classes)}), {channels}-channel images: {', '.join(counts)}; "
+          f"{steps} steps of training")
     return {
         "channels": channels,
         "dtype": dtype,
@@ -198,9 +200,9 @@ def find_classes(pixels: dict[str, Counter], names: list[str] | None) -> list[st
     found = sorted((training | pixels["val"] | pixels["test"]).keys() - {IGNORE})
     if len(found) > MOST_NUMBERED or found != list(range(len(found))):
         raise DataError(f"the masks hold {len(found)} values, up to {found[-1]}, but without a DIR/classes.txt with "
-                        f"their names classes are 0, 1, 2, ... without a gap, and at most {MOST_NUMBERED}; if these are "
-                        "numbered objects (instances), colours or interpolated values (of resizing, of JPEG), make "
-                        "classes of them first (docs/own-images.md)")
+                        f"their names classes are 0, 1, 2, ... without a gap, and at most {MOST_NUMBERED}; if these "
+                        "are numbered objects (instances), colours or interpolated values (of resizing, of JPEG), "
+                        "make classes of them first (docs/own-images.md)")
     return [f"class {label}" for label in range(len(found))]
 
 
@@ -244,5 +246,5 @@ def check_unchanged(config: dict):
         changed = found.items() ^ config["files"].items()
         if changed:
             name, _ = min(changed)
-            raise DataError(f"{root / name}: this file is not the one that the run was begun with, by its name and size; "
-                            "put its images back, name their folder with --data, or train anew")
+            raise DataError(f"{root / name}: this file is not the one that the run was begun with, by its name and "
+                            "size; put its images back, name their folder with --data, or train anew")

@@ -104,8 +104,8 @@ class ImageFolder(Dataset):
         image = read_image(image_path)
         mask = read_mask(mask_path)
         if image.shape[:2] != mask.shape:
-            raise DataError(f"{image_path}: height, width and channels are {image.shape}, but its mask is {mask.shape}; "
-                            "height and width must be equal")
+            raise DataError(f"{image_path}: height, width and channels are {image.shape}, but its mask is "
+                            f"{mask.shape}; height and width must be equal")
         return image, mask
 
 
@@ -115,8 +115,8 @@ def open_folder(root: Path, seed: int) -> dict[str, ImageFolder]:
     train = pairs["train"]
     missing = [name for name in SPLITS if name not in pairs]
     if len(train) <= len(missing):
-        raise DataError(f"{root}: {len(train)} training pairs are too few to take some for {' and '.join(missing)}; give "
-                        "these pairs of their own, for example bands of a large image (docs/own-images.md)")
+        raise DataError(f"{root}: {len(train)} training pairs are too few to take some for {' and '.join(missing)}; "
+                        "give these pairs of their own, for example bands of a large image (docs/own-images.md)")
     if missing:
         tenth = max(len(train) // 10, 1)
         np.random.default_rng(seed).shuffle(train)

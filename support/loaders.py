@@ -19,7 +19,7 @@ from support import processes
 from support.loss import IGNORE
 
 MOST_WORKERS = 4  # by default: each holds a few batches in memory
-LONGEST_TMPDIR = 70  # characters; in a longer one, workers cannot make their sockets, and would be waited for for ever
+LONGEST_TMPDIR = 70  # characters; in a longer one workers cannot make their sockets, and would be waited for for ever
 
 
 class Augmented(Dataset):
@@ -59,7 +59,8 @@ class Augmented(Dataset):
 
 
 def turn(x: Tensor, turns: int, mirrored: bool) -> Tensor:
-    """An image or mask (...,H,W) after so many quarter turns, and mirrored or not. By numpy, as torch cannot flip 16 bits."""
+    """An image or mask (...,H,W) after so many quarter turns, and mirrored or not. By numpy, as torch cannot flip 16
+    bits."""
     array = np.rot90(x.numpy(), turns, axes=(-2, -1))
     if mirrored:
         array = array[..., ::-1]
@@ -69,7 +70,8 @@ def turn(x: Tensor, turns: int, mirrored: bool) -> Tensor:
 
 class Batches(Sampler):
     """The share of one group of processes in every batch of an epoch, as a list of items for `Augmented`: the images
-    group, group + groups, ... of the batch. The batches are those of a single process, so a run can go on with any number.
+    group, group + groups, ... of the batch. The batches are those of a single process, so a run can go on with any
+    number.
 
     All processes must make the same number of steps, or they would wait for each other for ever. The last batch may
     have fewer images than there are groups. Then the groups that are left without one get its first image, which
@@ -100,8 +102,8 @@ class Batches(Sampler):
 def make_loaders(datasets: dict[str, Dataset], config: dict) -> dict[str, DataLoader]:
     """The batches of each split, for this process and the others of its group.
 
-    Call `loaders["train"].batch_sampler.set_epoch` before each epoch. Images to evaluate are read without workers: so of
-    an array that is mapped into memory, only the tile at hand is read.
+    Call `loaders["train"].batch_sampler.set_epoch` before each epoch. Images to evaluate are read without workers: so
+    of an array that is mapped into memory, only the tile at hand is read.
     """
     synthetic = config["dataset"] == "synthetic"
     windows = config.get("windows", [1] * len(datasets["train"]))
@@ -128,7 +130,8 @@ def make_loaders(datasets: dict[str, Dataset], config: dict) -> dict[str, DataLo
 
 
 def start(loader: DataLoader) -> Iterator[tuple[Tensor, Tensor]]:
-    """The batches of a loader. Its workers inherit that Ctrl-C means nothing: they leave it to the process that trains."""
+    """The batches of a loader. Its workers inherit that Ctrl-C means nothing: they leave it to the process that
+    trains."""
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         return iter(loader)
@@ -149,7 +152,8 @@ def number_of_workers(config: dict) -> int:
 
 
 def collate(pairs: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
-    """A batch of images and one of masks, in uint8. Of a batch of one, an image that is mapped into memory is not read."""
+    """A batch of images and one of masks, in uint8. Of a batch of one, an image that is mapped into memory is not
+    read."""
     if len(pairs) == 1:
         image, mask = pairs[0]
         return [image[None], mask[None].byte()]

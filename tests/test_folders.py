@@ -52,11 +52,6 @@ def test_of_many_that_want_a_new_folder_at_the_same_instant_each_gets_its_own():
             assert len(set(pool.map(make, range(8), chunksize=1))) == 8
 
 
-def test_two_runs_of_the_same_name_get_two_folders_before_either_has_written_anything():
-    assert prepare() == Path(RUN)
-    assert prepare("--lr", "0.1") == Path(f"{RUN}-2")
-
-
 def test_a_run_is_named_after_its_data():
     make_folder(Path("nuclei"), 6)
     out = prepare("--dataset", "folder", "--data", "nuclei", "--grid", "1x2")

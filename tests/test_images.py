@@ -153,17 +153,12 @@ def save_colours_with(alpha, path):
     save(path, np.dstack([COLOR, alpha]))
 
 
-def save_grey_with(alpha, path):
-    Image.merge("LA", [Image.fromarray(GREY), Image.fromarray(alpha)]).save(path)
-
-
 def save_a_palette_with(alpha, path):
     Image.fromarray(GREY).convert("P").save(path, transparency=np.resize(alpha, 256).tobytes())
 
 
 @pytest.mark.parametrize("save_with, expected", [
     (save_colours_with, COLOR),
-    (save_grey_with, GREY[..., None]),
     (save_a_palette_with, np.dstack([GREY, GREY, GREY])),
 ])
 def test_a_band_of_transparency_is_left_out_only_if_it_is_the_same_everywhere(save_with, expected, tmp_path):
