@@ -109,7 +109,8 @@ def describe_folder(config: dict) -> dict:
     for look in training:
         window = math.prod(config["crop"] or look.size)
         windows.append(math.ceil(math.prod(look.size) / window))
-    steps = config["epochs"] * math.ceil(sum(windows) / config["batch_size"])
+    batches = math.ceil(sum(windows) / config["batch_size"])
+    steps = config["epochs"] * batches
     counts = [f"{len(dataset)} for {split}" for split, dataset in datasets.items()]
     print(f"{len(classes)} classes ({', '.join(classes)}), {channels}-channel images: {', '.join(counts)}; "
           f"{steps} steps of training")
