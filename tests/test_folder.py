@@ -397,7 +397,7 @@ def move_the_data():
 @pytest.mark.parametrize("change, message", [
     (make_a_mask_longer, "data/train/masks/3.png: this file is not the one that the run was begun with"),
     (give_a_pair_another_name, "data/train/images/7.png: this file is not"),
-    (move_the_data, "No such file or directory: 'data'"),
+    (move_the_data, "No such file or directory: "),
 ])
 def test_the_first_file_that_is_missing_or_another_one_is_named(change, message, run, capsys):
     change()
@@ -408,8 +408,8 @@ def test_the_first_file_that_is_missing_or_another_one_is_named(change, message,
     assert (run / "last.pt").read_bytes() == before
 
 
-    config, _, _ = prepare_run("--resume run --image-processes 2 --workers=1 --gpus 2".split(), train_parser())
-    assert config["image_processes"] == 2
+def test_data_that_has_moved_is_found_with_data(run, capsys):
+    move_the_data()
     train.main(["--resume", "run", "--data", "elsewhere"])
     assert "1 of 1 epochs are done" in capsys.readouterr().out
 

@@ -14,7 +14,6 @@ from support.run import prepare_run
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
 TINY = "--width 2 --depth 1 --comm-channels 0 --train-images 8 --batch-size 8 --epochs 1".split()
-RUN = "runs/synthetic-2x2-k0-seed0"  # the name that TINY gives
 
 
 @pytest.fixture(autouse=True)
