@@ -1,17 +1,26 @@
-"""Which images there are, and what the network has to know of them."""
+"""Which images there are, and what the network has to know of them. Letters as in decompose.py."""
 
 import math
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from itertools import repeat
 from pathlib import Path
+from typing import NamedTuple
 
+import matplotlib
+import numpy as np
 from torch.utils.data import Dataset
 
-from support.folder import SPLITS, ImageFolder, class_names, open_folder, survey
-from support.images import DataError
-from support.loss import balanced_weights
+from support.folder import SPLITS, ImageFolder, class_names, open_folder
+from support.images import (DataError, count_pixels, drawn_in_white, merge, read_palette, single_class_error,
+                            statistics)
+from support.loss import IGNORE, balanced_weights
+from support.options import show_progress
 from support.sizes import check_sizes, check_tiling
 from synthetic import LinesAndCircles
 
-FEW_STEPS = 100  # fewer are often too few
+MOST_NUMBERED = 10  # classes without names; masks with more values are seldom masks of classes
+THREADS = 4  # that look at images; each has one in memory
 
 
 def build_datasets(config: dict) -> dict[str, Dataset]:
@@ -35,9 +44,10 @@ def build_datasets(config: dict) -> dict[str, Dataset]:
 
 
 def describe(config: dict) -> dict:
-    """What the data add to the configuration: channels, dtype (None: any), classes, colors, mean, std, image_size and
-    loss_weights; those of a folder also class_pixels, not_in_val, windows (how many of each training image an epoch
-    has) and files (see `sizes_of_files`).
+    """What the data add to the configuration: channels, dtype (None: any), classes, colors, mean and std of each
+    channel (where white is 1), image_size and loss_weights. Those of a folder also add class_pixels (how many pixels
+    of each class the training masks hold), not_in_val (the classes of these that the masks for val lack), windows (how
+    many of each training image an epoch has) and files (see `sizes_of_files`).
 
     DataError: an image or a mask cannot be used, or they do not go together or with the options.
     """
@@ -49,9 +59,9 @@ def describe(config: dict) -> dict:
     classes = known["classes"]
     if weights == ["balanced"]:
         weights = balanced_weights(known["class_pixels"])
-    if weights is not None and (len(weights) != len(classes) or not any(weights)):
+    if weights is not None and len(weights) != len(classes):
         raise DataError(f"--class-weights: {len(weights)} numbers, but there are {len(classes)} classes "
-                        f"({', '.join(classes)}); give one for each, not all 0, or balanced")
+                        f"({', '.join(classes)}); give one for each, or balanced")
     known["loss_weights"] = weights
     return known
 
@@ -73,29 +83,151 @@ def describe_synthetic(config: dict) -> dict:
     }
 
 
+# One look at all images of a folder
+
 def describe_folder(config: dict) -> dict:
+    """Reads every pair of train, val and test once, so that a broken file is found now and not in the third hour."""
     root = Path(config["data"])
     datasets = build_datasets(config)
-    known, looks = survey(datasets, class_names(root))
-    known["files"] = sizes_of_files(root, datasets)
-    sizes = {look.size: look.image.name for look in looks["train"]}
-    known["image_size"] = check_sizes(config, sizes)
+    names = class_names(root)
+    looks, pixels = look_at_all(datasets, len(names) if names else IGNORE)
+    check_alike(looks["train"] + looks["val"] + looks["test"])
+    classes = find_classes(pixels, names)
+
+    training = looks["train"]
+    channels, dtype = training[0].kind
+    _, mean, variance = merge([look.statistics for look in training])
+    std = np.sqrt(variance)
+    std[std <= 1e-9 * np.abs(mean)] = 1  # no more than rounding leaves: the channel is the same everywhere
+
+    sizes = {look.size: look.image.name for look in training}
+    image_size = check_sizes(config, sizes)
+    settings = {**config, "image_size": image_size}
     for look in looks["val"] + looks["test"]:
-        check_tiling(config | known, look.size, look.image.name)
-    known["windows"] = []
-    for look in looks["train"]:
+        check_tiling(settings, look.size, look.image.name)
+    windows = []
+    for look in training:
         window = math.prod(config["crop"] or look.size)
-        known["windows"].append(math.ceil(math.prod(look.size) / window))
-
-    counts = [f"{len(dataset)} for {split}" for split, dataset in datasets.items()]
-    classes = known["classes"]
-    print(f"{len(classes)} classes ({', '.join(classes)}), {known['channels']}-channel images: {', '.join(counts)}")
-    batches = math.ceil(sum(known["windows"]) / config["batch_size"])
+        windows.append(math.ceil(math.prod(look.size) / window))
+    batches = math.ceil(sum(windows) / config["batch_size"])
     steps = config["epochs"] * batches
-    if 0 < steps < FEW_STEPS:
-        print(f"{steps} steps of training are few: take more --epochs or a smaller --batch-size")
-    return known
+    counts = [f"{len(dataset)} for {split}" for split, dataset in datasets.items()]
+    print(f"{len(classes)} classes ({', '.join(classes)}), {channels}-channel images: {', '.join(counts)}; "
+          f"{steps} steps of training")
+    return {
+        "channels": channels,
+        "dtype": dtype,
+        "classes": classes,
+        "colors": class_colors(len(classes)),
+        "mean": mean.tolist(),
+        "std": std.tolist(),
+        "class_pixels": [pixels["train"][label] for label in range(len(classes))],
+        "not_in_val": say_missing(pixels, classes),
+        "image_size": image_size,
+        "windows": windows,
+        "files": sizes_of_files(root, datasets),
+    }
 
+
+class Look(NamedTuple):
+    """What one pair tells. size: (H,W). kind: channels and type of the image. pixels: how many pixels of the mask have
+    each value. palette: the colours of an indexed mask. statistics: see images.py, of the pixels that count."""
+
+    image: Path
+    mask: Path
+    size: tuple[int, int]
+    kind: tuple[int, str]
+    pixels: Counter
+    palette: list | None
+    statistics: np.ndarray
+
+
+def look_at(dataset: ImageFolder, i: int, classes: int) -> Look:
+    """classes: how many there can be. DataError: pair i cannot be used."""
+    image_path, mask_path = dataset.pairs[i]
+    image, mask = dataset.read(i)
+    pixels = count_pixels(mask, mask_path, classes)
+    found = statistics(image, mask)
+    if found[0].min() < pixels.total() - pixels[IGNORE]:
+        raise DataError(f"{image_path}: holds nan or inf; give these pixels {IGNORE} in the mask, so that they do not "
+                        "count, or replace them")
+    kind = image.shape[2], str(image.dtype)
+    return Look(image_path, mask_path, mask.shape, kind, pixels, read_palette(mask_path), found)
+
+
+def look_at_all(datasets: dict[str, ImageFolder], classes: int) -> tuple[dict[str, list[Look]], dict[str, Counter]]:
+    """For each split: the looks at its pairs, and how many pixels of its masks have each value.
+
+    DataError: as above; the first pair that cannot be used is named.
+    """
+    looks = {}
+    pixels = {}
+    with ThreadPoolExecutor(THREADS) as pool:
+        for split, dataset in datasets.items():
+            looks[split] = []
+            pixels[split] = Counter()
+            for look in pool.map(look_at, repeat(dataset), range(len(dataset)), repeat(classes)):  # in their order
+                looks[split].append(look)
+                pixels[split].update(look.pixels)
+                show_progress(f"looking at {split} image {len(looks[split])} of {len(dataset)}")
+    show_progress("")
+    return looks, pixels
+
+
+def check_alike(looks: list[Look]):
+    """DataError: images are of different kinds, or indexed masks have different palettes."""
+    palette = None
+    for look in looks:
+        if look.kind != looks[0].kind:
+            raise DataError(f"{look.image}: channels and type are {look.kind}, but those of the first image "
+                            f"{looks[0].kind}; convert the images to one kind")
+        palette = palette or look.palette
+        if look.palette and look.palette != palette:
+            raise DataError(f"{look.mask}: has another palette than the masks before it, so its numbers may stand for "
+                            "other classes; give all masks one palette, or save them as grey values if their numbers "
+                            "are right")
+
+
+def find_classes(pixels: dict[str, Counter], names: list[str] | None) -> list[str]:
+    """The names of the classes. pixels: of each value of a mask, in each split. DataError: these cannot be classes."""
+    training = pixels["train"]
+    if set(training) <= {0, IGNORE}:
+        raise single_class_error("train")
+    for split, values in pixels.items():
+        if drawn_in_white(values) and IGNORE not in training:  # otherwise 255 is hardly an object
+            raise single_class_error(split)
+    if names is not None:
+        return names
+    found = sorted((training | pixels["val"] | pixels["test"]).keys() - {IGNORE})
+    if len(found) > MOST_NUMBERED or found != list(range(len(found))):
+        raise DataError(f"the masks hold {len(found)} values, up to {found[-1]}, but without a DIR/classes.txt with "
+                        f"their names classes are 0, 1, 2, ... without a gap, and at most {MOST_NUMBERED}; if these "
+                        "are numbered objects (instances), colours or interpolated values (of resizing, of JPEG), "
+                        "make classes of them first (docs/own-images.md)")
+    return [f"class {label}" for label in range(len(found))]
+
+
+def say_missing(pixels: dict[str, Counter], names: list[str]) -> list[str]:
+    """A line for each split that lacks a class. Returns the classes that train has and val lacks.
+
+    pixels: of each value of a mask, in each split.
+    """
+    missing = {}
+    for split, values in pixels.items():
+        missing[split] = [name for label, name in enumerate(names) if values[label] == 0]
+        if missing[split]:
+            print(f"no mask for {split} holds {' or '.join(missing[split])}: a class that train lacks cannot be "
+                  "learned, and where val lacks one, best.pt is the last epoch")
+    return sorted(set(missing["val"]) - set(missing["train"]))
+
+
+def class_colors(classes: int) -> list[tuple[float, float, float]]:
+    """Red, green and blue from 0 to 1 for each class."""
+    palette = matplotlib.colormaps["tab10" if classes <= 10 else "tab20"].colors
+    return [palette[label % len(palette)] for label in range(classes)]
+
+
+# A run that goes on
 
 def sizes_of_files(root: Path, datasets: dict[str, ImageFolder]) -> dict[str, int]:
     """The bytes of each image and each mask, by its path in the folder."""
@@ -115,5 +247,5 @@ def check_unchanged(config: dict):
         changed = found.items() ^ config["files"].items()
         if changed:
             name, _ = min(changed)
-            raise DataError(f"{root / name}: this file is not the one that the run was begun with, by its name and size; "
-                            "put its images back, name their folder with --data, or train anew")
+            raise DataError(f"{root / name}: this file is not the one that the run was begun with, by its name and "
+                            "size; put its images back, name their folder with --data, or train anew")

@@ -7,7 +7,7 @@ Pillow is known to read as it is. All else raises DataError, with one line: the 
 the fix. Letters as in decompose.py.
 """
 
-import math
+import functools
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,26 +18,28 @@ from PIL import Image, ImageOps  # comes with matplotlib, which itself would rea
 from torch import Tensor
 
 from support.loss import IGNORE
-from support.options import UserError
+from support.options import UserError, show_progress
 
-PICTURES = (".png", ".jpg", ".jpeg", ".jfif", ".tif", ".tiff", ".ppm", ".pgm")
-READ_EXACTLY = {  # in the words of Pillow: the mode of a picture, and how the file stores its pixels
-    "PNG": "1:1 L:L LA:LA RGB:RGB RGBA:RGBA P:P P:P;1 P:P;2 P:P;4 I;16:I;16B",
-    "JPEG": "L:L RGB:RGB CMYK:CMYK CMYK:CMYK;I",
-    "MPO": "L:L RGB:RGB",  # a JPEG with other pictures behind it, as phones make them
-    "TIFF": "1:1 L:L LA:LA RGB:RGB RGBA:RGBA P:P I;16:I;16 I;16:I;16N I;16B:I;16B I;16B:I;16N I:I;16S I:I;32S F:F;32F",
-    "PPM": "L:L RGB:RGB",
-}
+SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".tif", ".tiff", ".ppm", ".pgm", ".npy")
+# How a file may store its pixels, in the words of Pillow, which reads these numbers as they are. Others it scales (grey
+# of 2 or 4 bits), cuts to 8 bits (colours of 16) or lets overflow (32 bits without a sign).
+READ_EXACTLY = "1 L LA RGB RGBA P P;1 P;2 P;4 CMYK CMYK;I I;16 I;16B I;16N I;16S I;32S F;32F".split()
 ORIENTATION = 0x0112  # in the data of a camera (EXIF): how it was held
 WHITE = {"uint8": 255, "uint16": 65535}  # in other types it is 1
 FAR = 10  # standard deviations from the mean
-AS_ARRAY = ("save it as .npy: numpy.save('NAME.npy', array), where a TIFF gives array = tifffile.imread('NAME.tif')")
 BLOCK = 2**20  # numbers that are looked at together
 Image.MAX_IMAGE_PIXELS = None  # large images are what this project is for
 
 
 class DataError(UserError):
     """What is on disk cannot be used: one line that names the file, what is wrong, and the fix."""
+
+
+@functools.cache
+def warn_once(line: str):
+    """Prints each line once, however many files it is about."""
+    show_progress("")
+    print(line)
 
 
 # Reading
@@ -66,19 +68,18 @@ def read(path: Path, is_mask: bool) -> np.ndarray:
             array = open_array(path)
         else:
             array = read_picture(path, is_mask)
-    except MemoryError:
-        raise
     except Exception as error:  # a damaged file fails in as many ways as there are places in it
-        raise DataError(f"{path}: cannot be read ({error})") from None
+        raise DataError(f"{path}: cannot be read ({error}); replace it, or save it as .npy: numpy.save('NAME.npy', "
+                        "array), where a TIFF gives array = tifffile.imread('NAME.tif')") from None
     return array.astype(array.dtype.newbyteorder("="), copy=False)  # PyTorch knows no other order of bytes
 
 
 def open_array(path: Path) -> np.ndarray:
     """The array of an .npy file, mapped into memory. ValueError: it is no image."""
     array = np.load(path, mmap_mode="c")  # "c": changes, which torch asks to be possible, would not reach the file
-    if array.ndim not in (2, 3) or array.size == 0 or not np.can_cast(array.dtype, np.float64):
-        raise ValueError(f"an array of {array.dtype} and shape {array.shape}, but (H,W) or (H,W,C) numbers of at most 64 "
-                         "bits were expected")
+    if array.ndim not in (2, 3) or not np.can_cast(array.dtype, np.float64):
+        raise ValueError(f"an array of {array.dtype} and shape {array.shape}, but (H,W) or (H,W,C) numbers of at most "
+                         "64 bits were expected")
     return array
 
 
@@ -87,66 +88,58 @@ def read_picture(path: Path, is_mask: bool) -> np.ndarray:
 
     ValueError: Pillow would not read all of it as it is, or it is a mask that was saved as JPEG.
     """
-    with Image.open(path) as picture:
+    with Image.open(path, formats=["PNG", "JPEG", "TIFF", "PPM"]) as picture:
         check_kind(picture, is_mask)
-        if picture.format == "TIFF":
-            check_tiff(picture, path.stat().st_size)
+        if picture.format == "TIFF" and not is_one_plane(picture, path.stat().st_size):
+            raise ValueError("a TIFF of several planes, with gaps, turned, or of bytes with a sign")
         picture.load()
-        ImageOps.exif_transpose(picture, in_place=True)
+        if picture.getexif().get(ORIENTATION, 1) != 1:
+            warn_once("images and masks are turned as their EXIF data says")
+            ImageOps.exif_transpose(picture, in_place=True)
     if picture.mode == "CMYK":
         picture = picture.convert("RGB")
     if picture.mode == "P" and not is_mask:
         picture = picture.convert("RGBA")
+    array = np.array(picture)
     if picture.mode not in ("LA", "RGBA"):
-        return np.array(picture)
-    lowest, highest = picture.getchannel("A").getextrema()
-    if lowest < highest:
-        raise ValueError(f"its last band, transparency or infrared, is not the same everywhere and would be lost; {AS_ARRAY}")
-    return np.array(picture)[..., :-1]
+        return array
+    if array[..., -1].min() < array[..., -1].max():
+        raise ValueError("its last band, transparency or infrared, is not the same everywhere and would be lost")
+    return array[..., :-1]
 
 
 def check_kind(picture: Image.Image, is_mask: bool):
     """ValueError: Pillow is not known to read such a picture as it is, or it is a mask in JPEG."""
-    if getattr(picture, "n_frames", 1) > 1 and picture.format == "PNG":
-        raise ValueError(f"an animation; {AS_ARRAY}")
     decoder, _, _, arguments = picture.tile[0]
-    stored = arguments if isinstance(arguments, str) else arguments[0]
-    kind = f"{picture.mode}:{stored}"
-    known = READ_EXACTLY.get(picture.format, "")
-    if kind not in known.split() or decoder.startswith("ppm"):  # "ppm" changes the numbers
-        raise ValueError(f"it is not known that Pillow reads a {picture.format} of the kind {kind} as it is; {AS_ARRAY}")
+    kind = arguments if isinstance(arguments, str) else arguments[0]
+    is_series = picture.format != "MPO" and getattr(picture, "n_frames", 1) > 1  # an MPO is a photograph and previews
+    if kind not in READ_EXACTLY or decoder.startswith("ppm") or is_series:  # "ppm" scales
+        raise ValueError(f"a {picture.format} of the kind {kind}, or of several pages, is not known to be read as it "
+                         "is")
     if is_mask and "jpeg" in (decoder, picture.info.get("compression")):  # the latter inside a TIFF
-        raise ValueError("JPEG changes the numbers of a mask; save it from where it was made, as PNG")
+        raise ValueError("JPEG has changed the numbers of this mask; save it again from where it was made, as PNG")
 
 
-def check_tiff(picture: Image.Image, bytes_of_file: int):
-    """ValueError: a TIFF is more than one plane, or less, or Pillow reads its numbers or their order wrongly."""
-    tags = picture.tag_v2.named()
-    width, height = picture.size
-    columns = tags.get("TileWidth", width)
-    rows = tags.get("TileLength", tags.get("RowsPerStrip", height))
-    parts = math.ceil(width / columns) * math.ceil(height / rows)
-    sizes = tags.get("TileByteCounts", tags.get("StripByteCounts"))
-    is_whole = len(sizes) == parts and 0 not in sizes  # 0: GDAL leaves out a part in which nothing is
-    # ImageJ writes the planes of a stack one behind the other, uncompressed, but lists the parts of the first alone.
-    rest = bytes_of_file - sum(sizes)
-    is_stack = picture.info["compression"] == "raw" and rest >= max(sum(sizes), 1024)
-    is_volume = picture.n_frames > 1 or tags.get("ImageDepth", 1) > 1
-    is_turned = tags.get("Orientation", 1) != 1
-    has_signed_bytes = picture.mode == "L" and 2 in tags.get("SampleFormat", ())
-    if not is_whole or is_stack or is_volume or is_turned or has_signed_bytes:
-        raise ValueError(f"a TIFF of several pages or planes, with gaps, turned, or of bytes with a sign; {AS_ARRAY}")
+def is_one_plane(tiff: Image.Image, bytes_of_file: int) -> bool:
+    """Whether a TIFF is one plane and whole, and Pillow reads its numbers and their order rightly."""
+    tags = tiff.tag_v2.named()
+    if tiff.info["compression"] == "raw":  # others are checked while they are decompressed
+        stored = sum(tags.get("TileByteCounts", tags.get("StripByteCounts")))
+        bits = tiff.width * tiff.height * sum(tags["BitsPerSample"])
+        has_gaps = 8 * stored != bits  # GDAL leaves out a part in which nothing is
+        is_stack = bytes_of_file >= 2 * stored  # ImageJ lists the first plane alone, and the others follow it
+        if has_gaps or is_stack:
+            return False
+    has_signed_bytes = tiff.mode == "L" and 2 in tags.get("SampleFormat", ())
+    return not has_signed_bytes and tags.get("ImageDepth", 1) == 1 and tags.get("Orientation", 1) == 1
 
 
-def read_header(path: Path) -> tuple[bool, list[list[int]]]:
-    """Whether a picture is turned or mirrored when it is read, and red, green and blue of each index of its palette."""
+def read_palette(path: Path) -> list[int] | None:
+    """Red, green and blue of each index of an indexed mask, one behind the other; None for other masks."""
     if path.suffix.lower() == ".npy":
-        return False, []
+        return None
     with Image.open(path) as picture:
-        has_orientation = picture.format != "PNG" or "exif" in picture.info or "XML:com.adobe.xmp" in picture.info
-        turned = has_orientation and picture.getexif().get(ORIENTATION, 1) != 1  # of a PNG without, it would read all
-        palette = picture.getpalette() if picture.mode == "P" else []
-    return turned, np.reshape(palette, (-1, 3)).tolist()
+        return picture.getpalette() if picture.mode == "P" else None
 
 
 # What the numbers of an image mean
@@ -174,29 +167,35 @@ def normalise(tile: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tens
     return x.nan_to_num_(nan=0).clamp_(-FAR, FAR).to(torch.get_default_dtype())
 
 
-def sums(image: np.ndarray, mask: np.ndarray | int, shift: Sequence[float]) -> np.ndarray:
-    """(3,C): how many numbers x each channel of an image (H,W,C) has, and the sums of x - shift and of its square.
+def statistics(image: np.ndarray, mask: np.ndarray | int = 0) -> np.ndarray:
+    """(3,C): how many numbers each channel of an image (H,W,C) has, their mean and their variance, where white is 1.
 
-    White is 1. Pixels that do not count in the mask (H,W) are left out, and so are nan and inf. shift: for each channel,
-    near its mean, as otherwise a deviation of 0.1 beside a mean of 100,000 would be lost.
+    Pixels that do not count in the mask (H,W) are left out, and so are nan and inf.
     """
     mask = np.broadcast_to(mask, image.shape[:2])
     blocks = image.size // BLOCK + 1  # some rows each: a mapped array may be larger than the memory
-    found = np.zeros((3, image.shape[2]))
-    for pixels, labels in zip(np.array_split(image, blocks), np.array_split(mask, blocks)):
+    found = np.zeros((blocks, 3, image.shape[2]))
+    for i, (pixels, labels) in enumerate(zip(np.array_split(image, blocks), np.array_split(mask, blocks))):
         for channel in range(image.shape[2]):
             x = pixels[..., channel][labels != IGNORE].astype(np.float64)
-            x = x[np.isfinite(x)] / white(image) - shift[channel]
-            found[:, channel] += x.size, x.sum(), (x**2).sum()
-    return found
+            x = x[np.isfinite(x)] / white(image)
+            if x.size > 0:
+                found[i, :, channel] = x.size, x.mean(), x.var()
+    return merge(found)
 
 
-def mean_and_std(found: np.ndarray, shift: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and standard deviation of each channel, of such sums."""
-    count = np.maximum(found[0], 1)
-    mean = found[1] / count
-    variance = found[2] / count - mean**2
-    return shift + mean, np.sqrt(np.maximum(variance, 0))  # rounding may make it negative
+def merge(parts: Sequence[np.ndarray]) -> np.ndarray:
+    """The statistics (3,C) of some blocks, or of some images -> those of all their pixels.
+
+    The variance of all is the mean of the variances plus the variance of the means. (The mean of the squares less the
+    square of the mean would lose a deviation of 0.1 beside a mean of 100,000.)
+    """
+    counts, means, variances = np.stack(parts, axis=1)
+    count = counts.sum(axis=0)
+    weights = counts / np.maximum(count, 1)
+    mean = (weights * means).sum(axis=0)
+    variance = (weights * (variances + (means - mean) ** 2)).sum(axis=0)
+    return np.stack([count, mean, variance])
 
 
 def check_values(image: np.ndarray, name: Path | str, config: dict) -> str | None:
@@ -208,19 +207,14 @@ def check_values(image: np.ndarray, name: Path | str, config: dict) -> str | Non
     the network; its dtype is None after training on synthetic images, which any finite numbers may
     follow.
     """
-    trained = config["mean"]
-    found = sums(image, 0, trained)
-    mean, std = mean_and_std(found, trained)
-    away = np.abs(mean - trained) / config["std"]
-    ratios = std / config["std"]
-    is_far = away.max() > FAR or 0 < ratios.max() < 1 / FAR or ratios.max() > FAR
+    count, mean, variance = statistics(image)
+    away = np.max(np.abs(mean - config["mean"]) / config["std"])
+    spread = np.max(np.sqrt(variance) / config["std"])
+    is_far = away > FAR or spread > FAR or 1e-6 < spread < 1 / FAR  # less is rounding
     if is_far and config["dtype"] is not None:
-        i = away.argmax() if away.max() > FAR else ratios.argmax()
-        scale = white(image)
-        return (f"{name}: numbers far from those of training: in channel {i} the mean is {scale * mean[i]:.4g} and the "
-                f"deviation {scale * std[i]:.4g}, where they were {scale * trained[i]:.4g} and "
-                f"{scale * config['std'][i]:.4g}; bring the numbers to the same units")
-    if found[0].sum() < image.size:
+        return (f"{name}: numbers far from those of training: means are up to {away:.3g} deviations of training away, "
+                f"and deviations up to {spread:.3g} times as large; bring the numbers to the same units")
+    if count.sum() < image.size:
         return f"{name}: holds nan or inf; nan is taken as the mean of the training images, inf as 10 deviations"
     return None
 
@@ -230,9 +224,9 @@ def check_values(image: np.ndarray, name: Path | str, config: dict) -> str | Non
 def count_pixels(mask: np.ndarray, path: Path, classes: int) -> Counter:
     """How many pixels each value has: class indices, and IGNORE. DataError: another value than these."""
     pixels = Counter()
-    for block in np.array_split(mask, mask.size // BLOCK + 1):
-        values, counts = np.unique(block, return_counts=True)
-        pixels.update(dict(zip(values.astype(int).tolist(), counts.tolist())))
+    for row in mask:
+        values, counts = np.unique(row, return_counts=True)
+        pixels.update(dict(zip(values.tolist(), counts.tolist())))
     wrong = pixels.keys() - {*range(classes), IGNORE}
     if wrong:
         raise DataError(f"{path}: holds the value {max(wrong)}, but a mask holds the classes 0 to {classes - 1}, and "

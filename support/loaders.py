@@ -19,7 +19,7 @@ from support import processes
 from support.loss import IGNORE
 
 MOST_WORKERS = 4  # by default: each holds a few batches in memory
-LONGEST_TMPDIR = 70  # characters; the sockets of workers lie in it, and no system takes a longer path for one
+LONGEST_TMPDIR = 70  # characters; in a longer one workers cannot make their sockets, and would be waited for for ever
 
 
 class Augmented(Dataset):
@@ -45,8 +45,6 @@ class Augmented(Dataset):
         image, mask = self.images[self.items[i]]
         if not counts:
             mask = torch.full(mask.shape, IGNORE, dtype=torch.uint8)
-        if self.crop is None and not self.augment:  # what is mapped is not read
-            return image, mask
         rng = np.random.default_rng((self.seed, epoch, i))
         height, width = self.crop or mask.shape
         top = rng.integers(mask.shape[0] - height + 1)
@@ -61,7 +59,8 @@ class Augmented(Dataset):
 
 
 def turn(x: Tensor, turns: int, mirrored: bool) -> Tensor:
-    """An image or mask (...,H,W) after so many quarter turns, and mirrored or not. By numpy, as torch cannot flip 16 bits."""
+    """An image or mask (...,H,W) after so many quarter turns, and mirrored or not. By numpy, as torch cannot flip 16
+    bits."""
     array = np.rot90(x.numpy(), turns, axes=(-2, -1))
     if mirrored:
         array = array[..., ::-1]
@@ -71,7 +70,8 @@ def turn(x: Tensor, turns: int, mirrored: bool) -> Tensor:
 
 class Batches(Sampler):
     """The share of one group of processes in every batch of an epoch, as a list of items for `Augmented`: the images
-    group, group + groups, ... of the batch. The batches are those of a single process, so a run can go on with any number.
+    group, group + groups, ... of the batch. The batches are those of a single process, so a run can go on with any
+    number.
 
     All processes must make the same number of steps, or they would wait for each other for ever. The last batch may
     have fewer images than there are groups. Then the groups that are left without one get its first image, which
@@ -102,15 +102,15 @@ class Batches(Sampler):
 def make_loaders(datasets: dict[str, Dataset], config: dict) -> dict[str, DataLoader]:
     """The batches of each split, for this process and the others of its group.
 
-    Call `loaders["train"].batch_sampler.set_epoch` before each epoch. Images to evaluate are read without workers: so of
-    an array that is mapped into memory, only the tile at hand is read.
+    Call `loaders["train"].batch_sampler.set_epoch` before each epoch. Images to evaluate are read without workers: so
+    of an array that is mapped into memory, only the tile at hand is read.
     """
     synthetic = config["dataset"] == "synthetic"
     windows = config.get("windows", [1] * len(datasets["train"]))
     augment = config["augment"] and not synthetic
     train = Augmented(datasets["train"], windows, config["crop"], augment, config["seed"])
     batches = Batches(len(train), config["batch_size"], config["seed"])
-    workers = number_of_workers(config, datasets["train"])
+    workers = number_of_workers(config)
     loaders = {
         "train": DataLoader(
             train,
@@ -130,34 +130,20 @@ def make_loaders(datasets: dict[str, Dataset], config: dict) -> dict[str, DataLo
 
 
 def start(loader: DataLoader) -> Iterator[tuple[Tensor, Tensor]]:
-    """The batches of a loader. While its workers are started, Ctrl-C waits, as Python could lose it then. To the workers
-    it means nothing: they leave it to the process that trains."""
-    if getattr(loader, "num_workers", 0) == 0:  # a list of batches will do, too
-        return iter(loader)
-    pressed = []
-
-    def note(*signal_and_frame):
-        pressed.append(True)
-
-    before = signal.signal(signal.SIGINT, note)  # which the workers inherit
+    """The batches of a loader. Its workers inherit that Ctrl-C means nothing: they leave it to the process that
+    trains."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        batches = iter(loader)
+        return iter(loader)
     finally:
         signal.signal(signal.SIGINT, before)
-    if pressed:
-        signal.raise_signal(signal.SIGINT)
-    return batches
 
 
-def number_of_workers(config: dict, images: Dataset) -> int:
+def number_of_workers(config: dict) -> int:
     """How many worker processes read the images to learn from: as --workers says, or by default one for each CPU core
-    of this process, but at most MOST_WORKERS. 0 for synthetic images, which are made in no time, and for whole arrays,
-    of which a worker would read all, and not only the tile at hand.
+    of this process, but at most MOST_WORKERS. 0 for synthetic images, which are made in no time.
     """
     if config["dataset"] == "synthetic" or len(tempfile.gettempdir()) > LONGEST_TMPDIR:
-        return 0
-    first_image, _ = images.pairs[0]
-    if first_image.suffix.lower() == ".npy" and config["crop"] is None:
         return 0
     if config["workers"] is not None:
         return config["workers"]
@@ -166,7 +152,8 @@ def number_of_workers(config: dict, images: Dataset) -> int:
 
 
 def collate(pairs: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
-    """A batch of images and one of masks, in uint8. Of a batch of one, an image that is mapped into memory is not read."""
+    """A batch of images and one of masks, in uint8. Of a batch of one, an image that is mapped into memory is not
+    read."""
     if len(pairs) == 1:
         image, mask = pairs[0]
         return [image[None], mask[None].byte()]

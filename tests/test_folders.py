@@ -14,7 +14,6 @@ from support.run import prepare_run
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
 TINY = "--width 2 --depth 1 --comm-channels 0 --train-images 8 --batch-size 8 --epochs 1".split()
-RUN = "runs/synthetic-2x2-k0-seed0"  # the name that TINY gives
 
 
 @pytest.fixture(autouse=True)
@@ -39,38 +38,17 @@ def message_of_failure(*options, capsys) -> str:
     return said
 
 
-def together(function, *arguments) -> list:
-    """What function(*arguments) returns, or the error that it raises, in eight threads that begin at one instant."""
-    barrier = Barrier(8)
-
-    def call(thread):
-        barrier.wait()
-        try:
-            return function(*arguments)
-        except FileExistsError as error:
-            return error
-
-    with ThreadPool(8) as pool:
-        return pool.map(call, range(8))
-
-
 def test_of_many_that_want_a_new_folder_at_the_same_instant_each_gets_its_own():
     config = {"out": None, "data": None, "grid": (2, 2), "comm_channels": 0, "seed": 0}
-    for _ in range(20):
-        found = together(make_folder_of_run, config)
-        assert len(set(found)) == len(found)
+    barrier = Barrier(8)
 
+    def make(thread):
+        barrier.wait()
+        return make_folder_of_run(config)
 
-def test_of_many_that_name_the_same_folder_at_the_same_instant_one_gets_it():
-    for attempt in range(20):
-        out = f"one-{attempt}"
-        answers = together(make_folder_of_run, {"out": out})
-        assert answers.count(Path(out)) == 1
-
-
-def test_two_runs_of_the_same_name_get_two_folders_before_either_has_written_anything():
-    assert prepare() == Path(RUN)
-    assert prepare("--lr", "0.1") == Path(f"{RUN}-2")
+    with ThreadPool(8) as pool:
+        for _ in range(20):
+            assert len(set(pool.map(make, range(8), chunksize=1))) == 8
 
 
 def test_a_run_is_named_after_its_data():

@@ -1,19 +1,13 @@
 """Which batches a loader gives, whoever reads the images."""
 
-import csv
-import os
-import signal
 import tempfile
-import threading
-from pathlib import Path
 
 import conftest
 import numpy as np
 import pytest
 import torch
-from test_folder import GREY, make_folder, save
+from test_folder import GREY, make_folder
 
-import train
 from support import loaders, processes
 from support.folder import ImageFolder, open_folder
 from support.loaders import Augmented, Batches, make_loaders, number_of_workers
@@ -54,11 +48,13 @@ def set_processes(monkeypatch, count: int, rank: int):
 
 
 def test_any_number_of_workers_gives_the_same_crops_and_flips_in_the_same_order(data):
-    """Workers are kept, and learn of each epoch."""
+    """Workers are kept, and learn of each epoch. The random numbers of dropout stay the same, too."""
+    random = torch.get_rng_state()
     expected = training_images(data, epochs=(1, 2))
     assert len(set(expected)) == 2 * 10
     assert training_images(data, epochs=(1, 2), workers=2) == expected
     assert training_images(data, epochs=(2,)) == expected[10:]
+    assert torch.equal(torch.get_rng_state(), random)
 
 
 def test_two_processes_share_out_the_images_that_one_has(data, monkeypatch):
@@ -82,36 +78,19 @@ def test_a_process_without_an_image_of_the_last_batch_gets_one_that_does_not_cou
     assert ignored == [False, False, True]
 
 
-def losses_of(out) -> list:
-    losses = []
-    with open(out / "log.csv") as file:
-        for row in csv.DictReader(file):
-            losses.append((row["train_loss"], row["val_loss"]))
-    return losses
-
-
-def test_a_run_with_workers_is_a_run_without(data, tmp_path, no_pictures):
-    """Also where dropout draws random numbers."""
-    options = ["--dataset", "folder", "--data", str(data), "--crop", "8", "--grid", "1x2", "--epochs", "2", "--no-amp"]
-    options += "--width 2 --depth 1 --comm-channels 2 --dilations 1 --batch-size 4 --dropout 0.3 --workers".split()
-    for workers in ("0", "2"):
-        train.main(options + [workers, "--out", str(tmp_path / workers)])
-    assert losses_of(tmp_path / "0") == losses_of(tmp_path / "2")
-
-
 # Crops, flips and turns
 
-@pytest.fixture
-def matching_pair(tmp_path):
-    """An image and a mask that holds the hundreds of the image's values, so that one can be told from the other."""
-    image = save(tmp_path / "image.npy", GREY.astype(np.uint16))
-    mask = save(tmp_path / "mask.npy", (GREY // 100).astype(np.int64))
-    return ImageFolder([(image, mask)])
+def as_pair(image, mask):
+    """An image (H,W) of 16 bits and a mask, as a data set gives them."""
+    return torch.from_numpy(image.astype(np.uint16))[None], torch.from_numpy(mask)
+
+
+MATCHING = as_pair(GREY, GREY // 100)  # the mask tells where its pixels come from
 
 
 @pytest.mark.parametrize("size", [(8, 8), (6, 10)])
-def test_crops_and_turns_keep_image_and_mask_together(size, matching_pair):
-    data = Augmented(matching_pair, [1], size, augment=True, seed=0)
+def test_crops_and_turns_keep_image_and_mask_together(size):
+    data = Augmented([MATCHING], [1], size, augment=True, seed=0)
     different = set()
     for epoch in range(40):
         image, mask = data[epoch, 0, True]
@@ -122,8 +101,8 @@ def test_crops_and_turns_keep_image_and_mask_together(size, matching_pair):
     assert len(different) > 30
 
 
-def test_a_whole_image_is_flipped_in_all_four_ways(matching_pair):
-    data = Augmented(matching_pair, [1], None, augment=True, seed=0)
+def test_a_whole_image_is_flipped_in_all_four_ways():
+    data = Augmented([MATCHING], [1], None, augment=True, seed=0)
     seen = set()
     for epoch in range(40):
         image, _ = data[epoch, 0, True]
@@ -135,23 +114,26 @@ def test_a_whole_image_is_flipped_in_all_four_ways(matching_pair):
     assert seen == expected
 
 
-def test_windows_are_those_of_their_image_and_fall_everywhere(matching_pair):
+def test_windows_are_those_of_their_image_and_fall_everywhere():
     """All pixels of the second image are 7."""
-    image, mask = matching_pair.pairs[0]
-    other = save(image.with_name("other.npy"), np.full((12, 20), 7, np.uint16))
-    data = Augmented(ImageFolder([(image, mask), (other, mask)]), [3, 2], (12, 5), augment=False, seed=0)
+    data = Augmented([MATCHING, as_pair(np.full((12, 20), 7), GREY)], [3, 2], (12, 5), augment=False, seed=0)
     assert len(data) == 5
-    expected = set()
-    for left in range(16):
-        expected.add(tuple(GREY[:, left].tolist()))
-    seen = set()
+    columns = set()
     for epoch in range(40):
         for i in range(5):
             window, _ = data[epoch, i, True]
             assert bool((window == 7).all()) == (i >= 3)
             if i < 3:
-                seen.add(tuple(window[0, :, 0].tolist()))
-    assert seen == expected
+                columns.add(tuple(window[0, :, 0].tolist()))
+    assert columns == {tuple(GREY[:, left].tolist()) for left in range(16)}
+
+
+def test_an_item_that_does_not_count_has_no_pixel_that_does_whatever_the_type_of_its_mask():
+    images = Augmented([as_pair(GREY, GREY > 99)], [1], None, augment=False, seed=0)
+    _, mask = images[1, 0, True]
+    assert torch.equal(mask, torch.from_numpy(GREY > 99))
+    _, mask = images[1, 0, False]
+    assert (mask == 255).all()
 
 
 def test_a_window_of_a_mapped_array_is_all_that_is_read(tmp_path):
@@ -185,51 +167,15 @@ def test_there_is_a_worker_for_each_core_but_at_most_four_and_none_for_synthetic
     monkeypatch.setattr(loaders, "MOST_WORKERS", conftest.MOST_WORKERS)  # as outside of the tests
     monkeypatch.setattr(loaders.os, "cpu_count", lambda: 3)
     config = {**CONFIG, "workers": None}
-    pictures = ImageFolder([(Path("a.png"), Path("a.png"))])
-    assert number_of_workers(config, pictures) == 3
-    assert number_of_workers({**config, "workers": 7}, pictures) == 7
-    assert number_of_workers({**config, "dataset": "synthetic"}, None) == 0
-    arrays = ImageFolder([(Path("a.npy"), Path("a.png"))])
-    assert number_of_workers(config, arrays) == 3
-    assert number_of_workers({**config, "crop": None}, arrays) == 0  # whole, of which a tile is read at a time
+    assert number_of_workers(config) == 3
+    assert number_of_workers({**config, "workers": 7}) == 7
+    assert number_of_workers({**config, "dataset": "synthetic"}) == 0
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    assert number_of_workers(config, pictures) == 1
+    assert number_of_workers(config) == 1
     monkeypatch.setattr(loaders.os, "cpu_count", lambda: 64)
-    assert number_of_workers(config, pictures) == 4
+    assert number_of_workers(config) == 4
 
 
 def test_there_is_none_where_a_long_path_of_tmpdir_would_let_it_wait_for_ever(monkeypatch):
     monkeypatch.setattr(tempfile, "gettempdir", lambda: 80 * "t")
-    assert number_of_workers({**CONFIG, "workers": 2}, None) == 0
-
-
-def test_an_item_that_does_not_count_has_no_pixel_that_does_whatever_the_type_of_its_mask(tmp_path):
-    save(tmp_path / "image.png", np.zeros((4, 4), np.uint8))
-    save(tmp_path / "mask.npy", np.eye(4, dtype=bool))
-    images = Augmented(ImageFolder([(tmp_path / "image.png", tmp_path / "mask.npy")]), [1], None, False, seed=0)
-    _, mask = images[1, 0, True]
-    assert torch.equal(mask, torch.eye(4, dtype=torch.uint8))
-    _, mask = images[1, 0, False]
-    assert (mask == 255).all()
-
-
-class PressesCtrlC(loaders.DataLoader):
-    """While its workers are started, Ctrl-C reaches the process."""
-
-    def __iter__(self):
-        os.kill(os.getpid(), signal.SIGINT)
-        batches = super().__iter__()
-        self.started = True
-        return batches
-
-
-def test_ctrl_c_waits_until_the_workers_are_started():
-    """Also where another thread gets the signal first, as those of OpenMP may."""
-    done = threading.Event()
-    threading.Thread(target=done.wait).start()
-    loader = PressesCtrlC([1, 2], num_workers=1)
-    with pytest.raises(KeyboardInterrupt):
-        loaders.start(loader)
-    done.set()
-    assert loader.started
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert number_of_workers({**CONFIG, "workers": 2}) == 0

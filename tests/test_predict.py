@@ -199,7 +199,7 @@ def test_segment_refuses_arrays_of_another_type_or_of_other_channels(array, mess
 def test_segment_says_that_numbers_are_far_from_those_of_training(deep, capsys):
     array = RNG.integers(0, 256, (32, 32)).astype(np.uint16)
     predict.segment(deep, array)
-    assert "the array: numbers far from those of training: in channel 0 the mean is" in capsys.readouterr().out
+    assert "the array: numbers far from those of training: " in capsys.readouterr().out
 
 
 # Which images, and where their masks go
