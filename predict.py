@@ -27,8 +27,8 @@ def make_parser() -> Parser:
     option("checkpoint", type=Path, help="best.pt of a run of train.py, or the folder of the run")
     option("images", type=Path, nargs="+", metavar="IMAGE_OR_FOLDER", help="PNG, JPEG, TIFF, PPM, PGM or .npy, or a "
            "folder, of which all images are taken, also those in its subfolders")
-    option("--out", type=Path, metavar="DIR", default="predictions", help="new folder to write to, which gets the "
-           "subfolders of the images (default: predictions)")
+    option("--out", type=Path, metavar="DIR", help="new folder to write to, which gets the subfolders of the images "
+           "(default: predictions, or predictions-2, ...)")
     option("--gpus", type=number(1), metavar="N", help="GPUs to use (default: all there are)")
     option("--grid", type=pair, metavar="RxQ", help="rows x columns of tiles (default: as many as keep them no larger "
            "than in training; for larger images, up to 256 pixels to a side where those of training are smaller)")
@@ -57,6 +57,7 @@ from support.images import (DataError, check_values, count_pixels, drawn_in_whit
                             single_class_error)
 from support.loss import IGNORE
 from support.model import load_model
+from support.run import new_folder
 from support.scores import confusion, pixels_near_seam, print_scores, scores
 from support.sizes import build_tiling
 from train import run_tiles
@@ -231,11 +232,14 @@ def predict_all(asked: argparse.Namespace):
     """
     devices = processes.find_devices(asked.gpus or torch.cuda.device_count(), "tiles")
     model, config = load_network(asked.checkpoint, devices[0], asked.amp)
-    images = find_images(asked.images, asked.out)
+    images = find_images(asked.images, asked.out or Path("predictions"))
     truths = {}
     if asked.masks:
         truths = find_truths(images, asked.masks, len(config["classes"]))
-    asked.out.mkdir(parents=True)  # FileExistsError: nothing is to be overwritten
+    if asked.out:
+        asked.out.mkdir(parents=True)  # FileExistsError: nothing is to be overwritten
+    else:
+        asked.out = new_folder("predictions")
     counts = {}
     try:
         for name, path in images:

@@ -59,7 +59,7 @@ def describe(config: dict) -> dict:
     classes = known["classes"]
     if weights == ["balanced"]:
         weights = balanced_weights(known["class_pixels"])
-    if weights is not None and len(weights) != len(classes):
+    if weights is not None and ("balanced" in weights or len(weights) != len(classes)):
         raise DataError(f"--class-weights: {len(weights)} numbers, but there are {len(classes)} classes "
                         f"({', '.join(classes)}); give one for each, or balanced")
     known["loss_weights"] = weights

@@ -4,10 +4,12 @@
     DIR/classes.txt              names of the classes, one a line; without it they are numbered
 
 Subfolders of images and masks are read, too. Without val or test, a tenth of the training pairs, drawn by the seed,
-stands in. Which files can be read tells images.py. Letters as in decompose.py.
+stands in; or, where there are only one or two, a tenth of their rows at the bottom. Which files can be read tells
+images.py. Letters as in decompose.py.
 """
 
 import glob
+import re
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +21,7 @@ from support.images import SUFFIXES, DataError, read_image, read_mask, warn_once
 from support.loss import IGNORE
 
 SPLITS = ("train", "val", "test")
+TENTHS = {"train": (0, 8), "val": (8, 9), "test": (9, 10)}  # of the rows, where there are too few images
 Pair = tuple[Path, Path]  # image, mask
 
 
@@ -32,11 +35,13 @@ def name_of(path: Path) -> str:
 def find_files(folder: Path) -> dict[str, Path]:
     """The images or masks in a folder and its subfolders, by their paths in it without the suffix.
 
-    Hidden files are no images, and a line tells of those of other kinds. DataError: two files have the same name.
+    Hidden files are no images, and a line tells of those of other kinds. DataError: two files have the same name, or
+    one could clear the screen on which it is printed.
     """
     found = {}
     for relative in sorted(glob.glob("**", root_dir=folder, recursive=True)):  # without what is hidden
         path = folder / relative
+        check_printable(relative)
         name = name_of(Path(relative))
         if path.suffix.lower() in SUFFIXES:
             if name in found:
@@ -45,6 +50,12 @@ def find_files(folder: Path) -> dict[str, Path]:
         elif path.is_file():
             warn_once(f"{folder}: files of the kind {path.suffix} are left out")
     return found
+
+
+def check_printable(name: str):
+    """DataError: a name holds control characters."""
+    if re.search(r"[\x00-\x1f\x7f-\x9f]", name):
+        raise DataError(f"{name!r}: a name with control characters; rename it")
 
 
 def pairs_in(folder: Path) -> list[Pair]:
@@ -77,6 +88,7 @@ def class_names(root: Path) -> list[str] | None:
         return None
     text = path.read_text("utf-8-sig", errors="replace")  # some editors begin a text with an invisible sign
     names = [line.strip() for line in text.splitlines() if line.strip()]
+    check_printable("".join(names))
     if len(set(names)) < len(names) or not 2 <= len(names) <= IGNORE:
         raise DataError(f"{path}: holds {len(names)} names; write 2 to {IGNORE} different ones, one a line, the first "
                         "for the value 0")
@@ -86,10 +98,14 @@ def class_names(root: Path) -> list[str] | None:
 # The data set
 
 class ImageFolder(Dataset):
-    """Pairs of an image (C,H,W) and a mask (H,W), both in the types of their files. What is mapped stays so."""
+    """Pairs of an image (C,H,W) and a mask (H,W), both in the types of their files. What is mapped stays so.
 
-    def __init__(self, pairs: list[Pair]):
+    tenths: which tenths of the rows of each image belong to this data set; (0, 10): all.
+    """
+
+    def __init__(self, pairs: list[Pair], tenths: tuple[int, int] = (0, 10)):
         self.pairs = pairs
+        self.tenths = tenths
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -106,18 +122,24 @@ class ImageFolder(Dataset):
         if image.shape[:2] != mask.shape:
             raise DataError(f"{image_path}: height, width and channels are {image.shape}, but its mask is "
                             f"{mask.shape}; height and width must be equal")
-        return image, mask
+        first, last = self.tenths
+        rows = slice(len(mask) * first // 10, len(mask) * last // 10)
+        return image[rows], mask[rows]
 
 
 def open_folder(root: Path, seed: int) -> dict[str, ImageFolder]:
-    """Train, val and test of DIR. DataError: see `find_files` and `pairs_in`, or there are too few training pairs."""
+    """Train, val and test of DIR. DataError: see `find_files` and `pairs_in`."""
     pairs = find_pairs(root)
     train = pairs["train"]
     missing = [name for name in SPLITS if name not in pairs]
+    tenths = {}
     if len(train) <= len(missing):
-        raise DataError(f"{root}: {len(train)} training pairs are too few to take some for {' and '.join(missing)}; "
-                        "give these pairs of their own, for example bands of a large image (docs/own-images.md)")
-    if missing:
+        for name in ["train", *missing]:
+            pairs[name] = train
+            tenths[name] = TENTHS[name]
+        warn_once(f"{root}: too few images for {' and '.join(missing)}, so each of these gets a tenth of the rows, at "
+                  "the bottom of each image, and training the rows above")
+    elif missing:
         tenth = max(len(train) // 10, 1)
         np.random.default_rng(seed).shuffle(train)
         for name in missing:
@@ -125,4 +147,4 @@ def open_folder(root: Path, seed: int) -> dict[str, ImageFolder]:
             del train[:tenth]
         warn_once(f"no {' or '.join(missing)}, so {tenth} of the training pairs, drawn by the seed, take the place of "
                   "each")
-    return {name: ImageFolder(pairs[name]) for name in SPLITS}
+    return {name: ImageFolder(pairs[name], tenths.get(name, (0, 10))) for name in SPLITS}

@@ -55,14 +55,18 @@ def make_folder(config: dict) -> Path:
         return out
     data = Path(config["data"] or "synthetic").name
     rows, columns = config["grid"]
-    name = f"runs/{data}-{rows}x{columns}-k{config['comm_channels']}-seed{config['seed']}"
-    out = Path(name)
+    return new_folder(f"runs/{data}-{rows}x{columns}-k{config['comm_channels']}-seed{config['seed']}")
+
+
+def new_folder(name: str) -> Path:
+    """Makes the folder `name`, or if that exists already, `name-2`, `name-3`, ..."""
+    path = Path(name)
     for i in itertools.count(2):
         try:
-            out.mkdir(parents=True)
-            return out
+            path.mkdir(parents=True)
+            return path
         except FileExistsError:
-            out = Path(f"{name}-{i}")
+            path = Path(f"{name}-{i}")
 
 
 def resume_run(asked: dict) -> tuple[dict, Path, dict]:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import train
@@ -149,6 +150,41 @@ def test_a_tenth_of_the_training_pairs_drawn_by_the_seed_takes_the_place_of_a_sp
     assert open_folder(tmp_path, seed=1)["test"].pairs != splits["test"].pairs
 
 
+# One or two large images
+
+def save_numbered_rows(root, name, height, split="train"):
+    """A pair of which every row of the image holds its own number, and of the mask the number modulo 3."""
+    rows = np.repeat(np.arange(height, dtype=np.uint16)[:, None], 20, axis=1)
+    save(root / split / f"images/{name}.npy", rows)
+    save(root / split / f"masks/{name}.npy", (rows % 3).astype(np.uint8))
+
+
+def rows_of(dataset, item=0) -> list[int]:
+    """The numbers of the rows in an item of a data set of such pairs."""
+    image, mask = dataset[item]
+    assert torch.equal(image[0].int() % 3, mask.int())
+    return sorted(set(image.int().flatten().tolist()))
+
+
+def test_the_rows_of_one_or_two_images_are_shared_out_without_overlap(tmp_path, capsys):
+    save_numbered_rows(tmp_path, "a", 200)
+    save_numbered_rows(tmp_path, "b", 103)
+    splits = open_folder(tmp_path, seed=0)
+    assert rows_of(splits["train"]) == list(range(160))
+    assert rows_of(splits["val"]) == list(range(160, 180))
+    assert rows_of(splits["test"]) == list(range(180, 200))
+    assert rows_of(splits["test"], 1) == list(range(92, 103))
+    assert "too few images for val and test, so each of these gets a tenth of the rows" in capsys.readouterr().out
+
+
+def test_a_split_that_has_images_of_its_own_is_not_cut_out(tmp_path):
+    save_numbered_rows(tmp_path, "scan", 200)
+    save_numbered_rows(tmp_path, "other", 50, split="val")
+    splits = open_folder(tmp_path, seed=0)
+    assert rows_of(splits["val"]) == list(range(50))
+    assert rows_of(splits["test"]) == list(range(180, 200))
+
+
 # What cannot be used is one line
 
 def delete_all_images(image, mask):
@@ -163,14 +199,12 @@ def rename_the_folder(image, mask):
     image.parent.parent.rename(image.parent.parent.with_name("training"))
 
 
-def keep_only_two(image, mask):
-    for name in ("0.png", "1.png", "2.png", "4.png"):
-        (image.parent / name).unlink()
-        (mask.parent / name).unlink()
-
-
 def add_an_image_of_the_same_name(image, mask):
     save(image.with_suffix(".jpg"), COLOR)
+
+
+def clear_the_screen(image, mask):
+    image.rename(image.with_name("\x1b[2J.png"))
 
 
 def cut_off_the_end_of_the_image(image, mask):
@@ -181,8 +215,8 @@ def cut_off_the_end_of_the_image(image, mask):
     (delete_all_images, "no partner: ['0', '1', '2', '3', '4']"),
     (delete_the_mask, "for each a mask of the same name in masks; these have no partner: ['3']"),
     (rename_the_folder, "there must be images"),
-    (keep_only_two, "2 training pairs are too few to take some for val and test"),
     (add_an_image_of_the_same_name, "has the same name; keep one of the two"),
+    (clear_the_screen, r"'\x1b[2J.png': a name with control characters"),
     (cut_off_the_end_of_the_image, "3.png: cannot be read"),
 ])
 def test_a_file_that_is_missing_or_broken_is_named(spoil, message, data):

@@ -96,8 +96,8 @@ def test_the_plain_unet_is_a_flag_away(tmp_path, no_pictures):
     unet.load_state_dict(trained.state_dict())
 
 
-LINES = ("--grid 1x2 --image-size 32x64 --depth 2 --width 8 --comm-channels 16 --train-images 320 --epochs 3 "
-         "--batch-size 8 --lr 0.015").split()
+LINES = ("--grid 1x2 --image-size 32x64 --depth 2 --width 8 --comm-channels 16 --train-images 320 --epochs 5 "
+         "--batch-size 8 --no-amp").split()
 
 
 def line_iou(out, *options) -> float:
