@@ -58,7 +58,7 @@ def look_inside(model: DecomposedUNet, image: Tensor, mask: Tensor, tiling: Tili
     makes of it. There are none if the model does not communicate.
     """
     figures = (mask > 0).float()[None]  # discs and line
-    coarse_figures = nn.functional.avg_pool2d(figures, tiling.cell).flatten()
+    coarse_figures = nn.functional.adaptive_avg_pool2d(figures, tiling.coarse.size).flatten()
     maps = []
 
     def keep(channels):
