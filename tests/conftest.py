@@ -16,6 +16,7 @@ sys.path.insert(0, str(ROOT))
 
 import train
 from support import loaders, plots
+from support.loss import IGNORE
 from support.model import build_from_config
 
 MOST_WORKERS = loaders.MOST_WORKERS
@@ -36,24 +37,35 @@ CONFIG = {  # of a small network, in the form in which train.py and a checkpoint
     "std": [2.0],
     "amp": False,
     "loss_weights": None,
+    "image_size": (32, 32),
+    "grid": (2, 2),
+    "overlap": 0,
 }
 
 
 def random_batch(images: int, size: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Images (B,1,H,W), and masks (B,H,W) of three classes."""
+    """Images (B,1,H,W), and masks (B,H,W) of three classes, in which a few pixels do not count."""
     height, width = size
     noise = torch.randn(images, 1, height, width)
     masks = torch.randint(0, 3, (images, height, width), dtype=torch.uint8)
+    masks[:, :4, :3] = IGNORE
     return noise, masks
 
 
-def training_step(tiling, devices=(CPU,), **changes) -> tuple[torch.Tensor, torch.nn.Module]:
-    """The loss and the model after the backward pass, from the same weights and two images every time."""
+def training_step(tiling, devices=(CPU,), images=2, frozen=False, **changes) -> tuple[torch.Tensor, torch.nn.Module]:
+    """The loss and the model after the backward pass, from the same weights and images every time.
+
+    frozen: batch norm uses its running statistics, which are random ones.
+    """
     torch.manual_seed(0)
     config = {**CONFIG, **changes}
     model = build_from_config(config).to(devices[0])
-    images, masks = random_batch(2, tiling.size)
-    loss = train.batch_loss(model, images, masks, tiling, devices, config)
+    for layer in train.batch_norms(model):
+        layer.running_mean.normal_()
+        layer.running_var.uniform_(0.5, 2)
+    train.set_training_mode(model, frozen)
+    pixels, masks = random_batch(images, tiling.size)
+    loss = train.batch_loss(model, pixels, masks, tiling, devices, config)
     loss.backward()
     return loss.detach(), model
 
@@ -73,6 +85,15 @@ def assert_all_close(tensors, expected, tolerance: float):
     """Two lists of tensors are equal up to an absolute tolerance. With a tolerance of 0, they are equal."""
     for tensor, other in zip(tensors, expected, strict=True):
         torch.testing.assert_close(tensor, other, rtol=0, atol=tolerance)
+
+
+def assert_same_step(step, expected, tolerance: float):
+    """Two pairs of a loss and a model after the backward pass have the same loss, gradients and running statistics."""
+    loss, model = step
+    expected_loss, expected_model = expected
+    assert_all_close([loss], [expected_loss], tolerance)
+    assert_all_close(gradients_of(model), gradients_of(expected_model), tolerance)
+    assert_all_close(model.buffers(), expected_model.buffers(), tolerance)
 
 
 # All tests run in two processes, as most of them need one core only

@@ -1,7 +1,6 @@
 """One training step on two devices against the same step on one, with a pretend second device or two real GPUs."""
 
 import time
-from collections import Counter
 from multiprocessing.pool import ThreadPool
 
 import pytest
@@ -9,27 +8,24 @@ import torch
 from conftest import CONFIG, CPU, assert_all_close, gradients_of, random_batch, training_step
 from pretend_device import DEVICE, PretendDevice
 from torch import nn
+from torch.utils._pytree import tree_map
 
 import train
-from decompose import DecomposedUNet, MultiDeviceModule, Tiling
+from decompose import MultiDeviceModule, Tiling
 from support import scale
 from support.model import build_from_config
 
 pytestmark = pytest.mark.usefixtures("in_float64")
-BATCH, CLASSES = 2, 3
+BATCH = 2
 K = CONFIG["comm_channels"]
 CELL = 2 ** CONFIG["depth"]
-SUMS = (4, CLASSES)  # the shape of what a tile tells of its loss
 
 
 def one_step(grid, devices, recompute=False):
     """Loss, gradients and running statistics, on the CPU."""
-    loss, model = training_step(Tiling((64, 64), grid, CELL), devices, recompute=recompute)
-    return on_cpu([loss, *gradients_of(model), *model.buffers()])
-
-
-def on_cpu(tensors) -> list:
-    return [tensor.cpu() for tensor in tensors]
+    tiling = Tiling((64, 64), grid, CELL)
+    loss, model = training_step(tiling, devices, recompute=recompute)
+    return tree_map(torch.Tensor.cpu, [loss, *gradients_of(model), *model.buffers()])
 
 
 # The numbers
@@ -50,10 +46,13 @@ def test_a_step_on_two_devices_is_the_step_on_one(grid, devices, tolerance):
                     reason="needs a GPU: CUDA_VISIBLE_DEVICES=0,1 python -m pytest tests/test_devices.py")
 @pytest.mark.parametrize("recompute", [False, True])
 def test_a_step_on_gpus_is_the_step_on_the_cpu(recompute):
-    gpus = [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
+    gpus = []
+    for i in range(torch.cuda.device_count()):
+        gpus.append(torch.device("cuda", i))
     expected = one_step((4, 4), [CPU])
     for devices in (gpus[:1], [gpus[0], CPU], gpus):
-        assert_all_close(one_step((4, 4), devices, recompute), expected, tolerance=1e-10)
+        found = one_step((4, 4), devices, recompute)
+        assert_all_close(found, expected, tolerance=1e-10)
 
 
 def step_with_communication(comm_device) -> list:
@@ -62,10 +61,10 @@ def step_with_communication(comm_device) -> list:
     model = build_from_config(CONFIG)
     model.comm_net.to(comm_device)
     tiling = Tiling((16, 24), (2, 2), CELL)
-    logits = model(tiling.split(torch.randn(2, 1, 16, 24)), tiling)
-    tiling.stitch(logits).square().sum().backward()
-    assert {buffer.device for buffer in model.comm_net.buffers()} == {comm_device}
-    return on_cpu([*logits, *gradients_of(model), *model.buffers()])
+    image = torch.randn(2, 1, 16, 24)
+    logits = tiling.stitch(model(tiling.split(image), tiling))
+    logits.square().sum().backward()
+    return tree_map(torch.Tensor.cpu, [logits, *gradients_of(model), *model.buffers()])
 
 
 def test_the_communication_network_can_be_on_a_device_of_its_own():
@@ -75,49 +74,30 @@ def test_the_communication_network_can_be_on_a_device_of_its_own():
     assert_all_close(there, here, tolerance=0)
 
 
-def test_stitch_moves_the_tiles_to_the_device_that_is_asked_for_or_else_to_that_of_the_first():
+def test_stitch_moves_all_tiles_to_the_device_of_the_first():
     tiling = Tiling((8, 12), (1, 2), 4)
-    image = torch.randn(2, 3, 8, 12)
+    image = torch.randn(8, 12)
     with PretendDevice():
         left, right = tiling.split(image)
-        right = right.to(DEVICE)
-        assert torch.equal(tiling.stitch([left, right]), image)
-        stitched = tiling.stitch([left, right], DEVICE)
+        stitched = tiling.stitch([left.to(DEVICE), right])
         assert stitched.device == DEVICE
         assert torch.equal(stitched.to(CPU), image)
 
 
-class TwoNames(nn.Module):
-    """An encoder with a layer that is found under two names."""
-
-    def __init__(self):
-        super().__init__()
-        self.norm = nn.BatchNorm2d(1)
-        self.same_norm = self.norm
-
-    def forward(self, tile):
-        return None, self.same_norm(tile)
-
-
-class CoarseMap(nn.Module):
-    """A decoder that gives back what it gets."""
-
-    def forward(self, skips, coarse_map):
-        return coarse_map
-
-
 def test_a_layer_under_two_names_learns_on_two_devices():
-    model = DecomposedUNet(TwoNames(), CoarseMap())
-    weight = model.encoder.norm.weight
-    tiling = Tiling((4, 8), (1, 2))
+    norm = nn.BatchNorm2d(1)
+    weight = norm.weight
+    module = nn.Sequential(norm, norm)
+    image = torch.randn(2, 1, 4, 4)
     with PretendDevice():
-        left, right = tiling.split(torch.randn(2, 1, 4, 8))
-        for step in (1, 2):
-            logits = model([left, right.to(DEVICE)], tiling)
-            tiling.stitch(logits).sum().backward()
-            assert model.encoder.same_norm.weight is weight
-            assert model.encoder.norm.num_batches_tracked == step
-    assert model.encoder.norm.bias.grad == 2 * 2 * 4 * 8
+        for _ in range(2):
+            on_devices = MultiDeviceModule(module)
+            on_devices(image).sum().backward()
+            on_devices(image.to(DEVICE)).sum().backward()
+            on_devices.update_buffers()
+    assert module[1].weight is weight
+    assert norm.num_batches_tracked == 4
+    assert norm.bias.grad == 2 * 2 * image.numel()
 
 
 # Threads
@@ -128,72 +108,61 @@ class SlowLinear(nn.Linear):
         return super().forward(x)
 
 
+def compute_zero(module):
+    with scale.fixed_dropout(0, [CPU]):
+        return module(torch.zeros(1)).item()
+
+
 def test_each_thread_gets_the_weights_of_its_device():
-    """In the backward pass of --recompute, autograd runs tiles in a thread for each GPU. Here the threads are our own."""
+    """In the backward pass of --recompute, autograd runs tiles in a thread for each GPU. Here the threads are ours."""
     linear = SlowLinear(1, 1)
-    weights = dict(linear.named_parameters())
-    module, other = MultiDeviceModule(linear), MultiDeviceModule(linear)
-    module.copy_to(CPU)
-    other.copy_to(CPU)
-    other.weights[CPU] = {name: weight.detach() + 1 for name, weight in weights.items()}  # as if on another device
-
-    def compute(module):
-        with scale.fixed_dropout(0, [CPU]):
-            return module(torch.zeros(1))
-
+    weight, bias = linear.weight, linear.bias
+    one, other = MultiDeviceModule(linear), MultiDeviceModule(linear)
+    one.weights[CPU] = {"weight": weight, "bias": torch.ones(1)}
+    other.weights[CPU] = {"weight": weight, "bias": torch.zeros(1)}  # as if on another device
+    one.buffers[CPU] = other.buffers[CPU] = {}
     with ThreadPool(2) as pool:
-        first, second = pool.map(compute, [module, other])
-    assert first == weights["bias"]
-    assert second == weights["bias"] + 1
-    for name, weight in linear.named_parameters():
-        assert weight is weights[name]
+        assert pool.map(compute_zero, [one, other]) == [1, 0]
+    assert linear.weight is weight
+    assert linear.bias is bias
 
 
 # What moves
 
 def test_a_misplaced_tensor_fails():
     with PretendDevice(), pytest.raises(RuntimeError, match="mixes pretend:0 with cpu"):
-        torch.ones(2).to(DEVICE) + torch.ones(2)
+        torch.ones(2).to(DEVICE).add(torch.ones(2))
 
 
-def shapes_of(tensors) -> Counter:
-    return Counter([tuple(tensor.shape) for tensor in tensors])
-
-
-def test_nothing_of_image_size_crosses_between_devices():
-    model = build_from_config(CONFIG)
-    with PretendDevice() as device:
-        one_step((1, 2), [CPU, DEVICE])
-    moved = {"pretend:0": Counter(), "cpu": Counter()}
-    for move in device.moved:
-        moved[move.target][move.shape] += 1
-
-    weights = shapes_of([*model.encoder.parameters(), *model.decoder.parameters()])
-    statistics = shapes_of([*model.encoder.buffers(), *model.decoder.buffers()])
-    coarse_map = (BATCH, K, 64 // CELL, 32 // CELL)
-    exchanged = Counter({coarse_map: 2, SUMS: 1})  # each way the map, and the gradient of the map that came
-    tile = Counter([(BATCH, 1, 64, 32), (BATCH, 64, 32)])  # image and mask
-    assert moved["pretend:0"] == weights + statistics + exchanged + tile
-    assert moved["cpu"] == weights + statistics + exchanged  # gradients of the weights, new statistics
-
-
-def test_no_copy_between_devices_stands_between_their_tiles():
-    """It would wait for what both still have to do, and they would take turns."""
+def test_what_crosses_between_devices_is_small_and_never_waits_for_tiles():
+    """A copy between two tiles would wait for what both devices still have to do, and they would take turns."""
     with PretendDevice() as device:
         one_step((1, 4), [CPU, DEVICE])
-    image, mask = (BATCH, 1, 64, 16), (BATCH, 64, 16)
-    coarse_map = (BATCH, K, 64 // CELL, 16 // CELL)
-    order = []
+    model = build_from_config(CONFIG)
+    weights = [*model.encoder.parameters(), *model.decoder.parameters()]
+    statistics = [*model.encoder.buffers(), *model.decoder.buffers()]
+    copied = {tensor.shape for tensor in weights + statistics}
+    copies = 0
+    others = []
     for move in device.moved:
-        if move.shape in (image, mask, coarse_map):
-            order.append((move.shape, move.source))
-    there_and_back = [(coarse_map, "pretend:0")] * 2 + [(coarse_map, "cpu")] * 2
-    gradients = there_and_back
-    assert order == [(image, "cpu")] * 2 + there_and_back + [(mask, "cpu")] * 2 + gradients
+        if move.shape in copied:
+            copies += 1
+        else:
+            others.append((move.shape, move.source))
+    assert copies == 2 * len(weights) + 3 * len(statistics)  # there; gradients back, and the statistics of both tiles
+
+    image = (BATCH, 1, 64, 16)
+    mask = (BATCH, 64, 16)
+    coarse_map = (BATCH, K, 64 // CELL, 16 // CELL)
+    sums = (4, 3)  # of each class
+    communication = [(coarse_map, "pretend:0")] * 2 + [(coarse_map, "cpu")] * 2
+    forwards = [(image, "cpu")] * 2 + communication + [(mask, "cpu")] * 2 + [(sums, "pretend:0")] * 2
+    gradients = [(sums, "cpu")] * 2 + communication
+    assert others == forwards + gradients
 
 
 class Waiting(PretendDevice):
-    """Notes what would make the loop wait for a GPU: numbers that are read, sizes that depend on them, copies to the CPU."""
+    """Notes what makes the loop wait for a GPU: numbers that are read, sizes that depend on them, copies to the CPU."""
 
     WAITS = ("_local_scalar_dense", "equal", "is_nonzero", "masked_select", "nonzero")
 
@@ -213,8 +182,7 @@ class Waiting(PretendDevice):
 @pytest.mark.parametrize("frozen", [False, True])
 def test_nothing_in_a_step_waits_for_the_gpu(frozen, recompute):
     with Waiting() as device:
-        config = {**CONFIG, "image_size": (32, 32), "grid": (2, 2), "overlap": 0, "loss_weights": [0.2, 1.0, 1.8],
-                  "dropout": 0.1, "recompute": recompute}
+        config = {**CONFIG, "loss_weights": [0.2, 1.0, 1.8], "dropout": 0.1, "recompute": recompute}
         model = build_from_config(config).to(DEVICE)
         train.set_training_mode(model, frozen)
         optimizer = torch.optim.SGD(model.parameters(), foreach=False)

@@ -11,6 +11,7 @@ import torch
 from conftest import ROOT
 
 import train
+from decompose import Tiling
 from support import checkpoints, processes
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
@@ -30,9 +31,14 @@ def test_each_process_of_a_machine_has_gpus_of_its_own(local_rank, asked, expect
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     monkeypatch.setenv("LOCAL_RANK", str(local_rank))
     devices = processes.find_devices(asked, "tiles")
-    assert [str(device) for device in devices] == expected
+    assert devices == [torch.device(name) for name in expected]
     assert capsys.readouterr().out == said
     assert current == devices[:1]
+
+
+def test_the_tiles_of_a_process_take_turns_on_its_gpus(monkeypatch):
+    monkeypatch.setattr(processes, "image_processes", 2)  # this one has tiles 0 and 2
+    assert train.place(Tiling((8, 8), (2, 2)), ["cuda:0", "cuda:1"]) == {0: "cuda:0", 2: "cuda:1"}
 
 
 # How they begin and end
@@ -64,6 +70,7 @@ def test_ctrl_c_ends_all_and_one_alone_goes_on(tmp_path):
     os.killpg(run.pid, signal.SIGINT)  # to all of them at once, as a terminal does
     said, complained = run.communicate(timeout=60)
     assert said.count("process 1 of 2: 2x2 tiles on cpu") == 1
+    assert said.count("batch norm keeps") == 1  # the rest is told by one process alone
     assert f"stopped; go on with: python train.py --resume {out}" in complained
 
     state = checkpoints.load(out / "last.pt")
@@ -72,7 +79,6 @@ def test_ctrl_c_ends_all_and_one_alone_goes_on(tmp_path):
     state["config"]["epochs"] = done + 1  # one more is enough
     checkpoints.save(out / "last.pt", state)
     train.main(["--resume", str(out), "--image-processes", "1"])
-    assert len(checkpoints.load(out / "last.pt")["rows"]) == done + 1
     assert (out / "metrics.json").exists()
 
 

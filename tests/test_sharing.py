@@ -1,24 +1,21 @@
 """Several processes that share batches, images or both, against one process that has all of it."""
 
-import copy
 import functools
 
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import CONFIG, CPU, gradients_of, random_batch
+from conftest import CONFIG, CPU, gradients_of, random_batch, training_step
 from torch.utils._pytree import tree_leaves
-from torch.utils.data import DataLoader, default_collate
+from torch.utils.data import DataLoader
 
 import plan
 import train
+from decompose import Tiling
 from support import processes
-from support.images import normalise
 from support.loaders import Augmented, Batches
-from support.loss import IGNORE, loss_from_sums, loss_sums
 from support.memory import LiveMemory
 from support.model import build_from_config
-from support.sizes import build_tiling
 
 try:
     from pretend_device import DEVICE, PretendDevice
@@ -26,22 +23,23 @@ except pytest.skip.Exception:
     DEVICE = None
 
 SIZE = (52, 40)  # with 3x2 tiles in cells of 4, no two rows or columns of tiles are of one size
-SMALL = {**CONFIG, "batch_size": 3, "grid": (3, 2), "image_size": SIZE, "overlap": 4}
-FREEZE_AFTER = 3  # of four steps: in the second epoch
+SMALL = {**CONFIG, "batch_size": 3, "grid": (3, 2), "image_size": SIZE, "overlap": 4,
+         "freeze_step": 3}  # the last of four steps
 CASES = {
     "remembered": {},
     "recomputed": {"recompute": True, "dropout": 0.1},
     "without communication": {"comm_channels": 0, "overlap": 0},
+    "frozen": {"freeze_step": 0},
 }
 WORLDS = {  # (processes, how many of them share an image): the cases
     (2, 2): list(CASES),
     (4, 4): ["remembered", "recomputed"],  # two of them have two of the six tiles, and two have one
     (4, 2): ["recomputed"],
-    (2, 1): ["remembered", "recomputed"],
+    (2, 1): ["frozen", "recomputed"],
 }
 # Of the two processes that are measured. So wide that the weights count.
-LARGE = {**SMALL, "width": 16, "batch_size": 1, "grid": (2, 2), "image_size": (64, 64), "overlap": 0, "dtype": "float32",
-         "gpus": 0, "image_processes": 2}
+LARGE = {**CONFIG, "width": 16, "batch_size": 1, "image_size": (64, 64), "dtype": "float32", "gpus": 0,
+         "image_processes": 2}
 
 torch.manual_seed(0)
 DATA = list(zip(*random_batch(4, SIZE)))
@@ -52,12 +50,8 @@ def new_training(config: dict):
     torch.manual_seed(0)
     model = build_from_config(config)
     optimizer = torch.optim.Adam(model.parameters())
-    return model, optimizer, torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.01, 4, anneal_strategy="linear")
-
-
-def result_of(losses: list, model, scores: dict, config: dict) -> list:
-    pictures, _ = train.predict_some(model, DATA, config, [CPU], count=1)
-    return [losses, scores, gradients_of(model), model.state_dict(), pictures["prediction"]]
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.01, total_steps=4)
+    return model, optimizer, schedule
 
 
 def train_and_evaluate(case: str) -> list:
@@ -71,10 +65,12 @@ def train_and_evaluate(case: str) -> list:
     for epoch in (1, 2):
         batches.set_epoch(epoch)
         processes.seed_dropout(0, epoch)
-        losses.append(train.train_epoch(model, loader, optimizer, schedule, config, [CPU], FREEZE_AFTER))
-    images = DATA[processes.group_rank()::processes.number_of_groups()]
-    scores = train.evaluate(model, DataLoader(images), config, [CPU])
-    return result_of(losses, model, scores, config)
+        loss = train.train_epoch(model, loader, optimizer, schedule, config, [CPU], config["freeze_step"])
+        losses.append(loss)
+    own_images = DATA[processes.group_rank()::processes.number_of_groups()]
+    scores = train.evaluate(model, DataLoader(own_images), config, [CPU])
+    pictures, _ = train.predict_some(model, DATA, config, [CPU], count=1)
+    return [losses, scores, gradients_of(model), model.state_dict(), pictures["prediction"]]
 
 
 class AllReduce:
@@ -93,12 +89,11 @@ class AllReduce:
         return self.all_reduce(tensor, group=group)
 
 
-def measure_step(recompute: bool, devices=(CPU,)) -> dict:
+def measure_step(devices=(CPU,), **changes) -> dict:
     """The second step of training: its peak of bytes alive, what it hands over, and its gradients."""
-    config = {**LARGE, "recompute": recompute}
+    config = {**LARGE, **changes}
     model, optimizer, schedule = new_training(config)
-    images = torch.rand(1, 1, 64, 64)
-    masks = torch.zeros(1, 64, 64, dtype=torch.uint8)
+    images, masks = random_batch(1, LARGE["image_size"])
     step = functools.partial(train.train_step, model, images, masks, optimizer, schedule, config, devices)
     step()  # makes Adam's averages
     counted = AllReduce()
@@ -109,25 +104,45 @@ def measure_step(recompute: bool, devices=(CPU,)) -> dict:
             memory.follow(tensor)
         step()
     dist.all_reduce = counted.all_reduce
-    return {"peak": memory.peak["cpu"], "bytes": counted.bytes, "calls": counted.calls, "gradients": gradients_of(model)}
+    return {"peak": memory.peak["cpu"], "bytes": counted.bytes, "calls": counted.calls,
+            "gradients": gradients_of(model)}
 
 
 def measure_steps() -> dict:
-    measured = {"remembered": measure_step(recompute=False), "recomputed": measure_step(recompute=True)}
+    measured = {"remembered": measure_step(), "recomputed": measure_step(recompute=True)}
     if DEVICE is not None:
         with PretendDevice():
-            measured["two devices"] = measure_step(recompute=False, devices=(CPU, DEVICE))
+            measured["two devices"] = measure_step(devices=(CPU, DEVICE))
     return measured
 
 
-def ask_first() -> list:
-    """What the first process finds out for all, and how it ends if that fails."""
-    told = [processes.broadcast_result(int, processes.rank())]
+def ask_first(question: str):
+    """What the first process finds out for all, or how this one ends if that fails."""
     try:
-        processes.broadcast_result(int, "no number")
+        return processes.broadcast_result(int, question)
     except (ValueError, SystemExit) as error:
-        told.append(type(error))
-    return told
+        return type(error).__name__
+
+
+def compute_together() -> dict:
+    """What becomes of a gradient and a statistic that are 0 in the first process, 1 in the second, and so on; and the
+    rest that processes do together."""
+    rank = processes.rank()
+    model = torch.nn.BatchNorm2d(1)
+    model.weight.grad = torch.full([1], float(rank))
+    model.running_mean.fill_(rank)
+    processes.synchronise(model, tiles=6)
+    processes.seed_dropout(0, epoch=1)
+    coarse_map = torch.arange(8.0).view(1, 2, 2, 2)
+    if rank == 0:
+        coarse_map = coarse_map.to(memory_format=torch.channels_last)
+    return {
+        "gradient": model.weight.grad.item(),
+        "statistic": model.running_mean.item(),
+        "drawn": torch.rand(1).item(),
+        "sum": processes.sum_over_group(coarse_map).flatten().tolist(),
+        "told": [ask_first("7"), ask_first("no number")],
+    }
 
 
 def work(rank: int, folder: str):
@@ -137,16 +152,16 @@ def work(rank: int, folder: str):
     for (world, shared), cases in WORLDS.items():
         if rank >= world:
             continue
-        meeting = f"file://{folder}/meet-{world}-{shared}"
-        dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=world)
+        name = f"{folder}/{world}-{shared}"
+        dist.init_process_group("gloo", init_method=f"file://{name}-meet", rank=rank, world_size=world)
         processes.share_images(shared)
         if world == shared == 2:
-            torch.save(measure_steps(), f"{folder}/measured-{rank}")
-            torch.save(ask_first() == [0, ValueError if rank == 0 else SystemExit], f"{folder}/told-{rank}")
+            torch.save(measure_steps(), f"{name}-{rank}-measured")
         torch.set_default_dtype(torch.float64)
         torch.Tensor.float = torch.Tensor.double  # the sums of the loss
+        torch.save(compute_together(), f"{name}-{rank}-together")
         for case in cases:
-            torch.save(train_and_evaluate(case), f"{folder}/{world}-{shared}-{rank}-{case}")
+            torch.save(train_and_evaluate(case), f"{name}-{rank}-{case}")
         torch.Tensor.float = float32
         torch.set_default_dtype(torch.float32)
         dist.destroy_process_group()
@@ -154,92 +169,60 @@ def work(rank: int, folder: str):
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    """The folder of what the processes have left."""
+    """What the processes have left, by the names of the files."""
     folder = tmp_path_factory.mktemp("sharing")
     torch.multiprocessing.start_processes(work, (str(folder),), nprocs=4, start_method="forkserver")
-    return folder
+    return {path.name: torch.load(path) for path in folder.glob("*-*-*-*")}
 
 
-def assert_same_results(folder, world: str, ranks, case: str, expected: list):
+def assert_same_results(results, world: str, ranks, case: str, expected: list):
     for rank in ranks:
-        result = torch.load(folder / f"{world}-{rank}-{case}")
-        torch.testing.assert_close(result, expected, rtol=1e-10, atol=1e-10)
+        found = results[f"{world}-{rank}-{case}"]
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_processes_that_share_an_image_learn_what_one_does(case, results, in_float64):
+def test_processes_learn_what_one_does(case, results, in_float64):
+    """If they share images. If they share batches, it is so once statistics are frozen: before, each process normalises
+    with those of its own images."""
     expected = train_and_evaluate(case)
-    assert_same_results(results, "2-2", range(2), case, expected)
-    if case in WORLDS[4, 4]:
-        assert_same_results(results, "4-4", range(4), case, expected)
+    for (world, shared), cases in WORLDS.items():
+        if case in cases and (world == shared or case == "frozen"):
+            assert_same_results(results, f"{world}-{shared}", range(world), case, expected)
 
 
 def test_two_groups_of_two_learn_what_two_processes_do(results):
-    for rank in range(2):
-        expected = torch.load(results / f"2-1-{rank}-recomputed")
-        assert_same_results(results, "4-2", [2 * rank, 2 * rank + 1], "recomputed", expected)
+    assert_same_results(results, "4-2", [0, 1], "recomputed", results["2-1-0-recomputed"])
+    assert_same_results(results, "4-2", [2, 3], "recomputed", results["2-1-1-recomputed"])
 
 
-# Processes that share batches
-
-def average(models: list):
-    """The running statistics of all become their mean."""
-    for buffers in zip(*[model.buffers() for model in models]):
-        mean = torch.stack(buffers).double().mean(dim=0)
-        for buffer in buffers:
-            buffer.copy_(mean)
-
-
-def sums_of_share(model, batch: list[int], rank: int):
-    """The sums of the loss of a process. One that is left without an image has one that does not count."""
-    share = batch[rank::2]
-    images, masks = default_collate([DATA[i] for i in share or batch[:1]])
-    if not share:
-        masks[:] = IGNORE
-    tiling = build_tiling(SMALL, SIZE)
-    logits = model(tiling.split(normalise(images, SMALL["mean"], SMALL["std"])), tiling)
-    return loss_sums(tiling.stitch(logits), masks)
+@pytest.mark.parametrize("world, gradient, statistic", [
+    ("2-1", 1, 1 / 2),
+    ("4-2", 6, (1 + 2 + 3) / 4),
+    ("4-4", 6, (2 * 1 + 2 + 3) / 6),  # the first two have two of the six tiles
+])
+def test_gradients_are_added_up_and_statistics_are_averaged_over_tiles(world, gradient, statistic, results):
+    found = results[f"{world}-0-together"]
+    assert found["gradient"] == gradient
+    assert found["statistic"] == pytest.approx(statistic)
 
 
-def train_by_hand() -> list:
-    """Two processes in one: they have the same weights, and each its own running statistics."""
-    model, optimizer, schedule = new_training(SMALL)
-    not_copied = {id(weight): weight for weight in model.parameters()}
-    models = [model, copy.deepcopy(model, not_copied)]
-    losses = []
-    batches = []
-    sampler = Batches(len(DATA), SMALL["batch_size"], seed=0)
-    for epoch in (1, 2):
-        sampler.set_epoch(epoch)
-        for batch in sampler:
-            batches.append([i for _, i, _ in batch])
-    for step, batch in enumerate(batches):
-        sums = 0
-        for rank, one in enumerate(models):
-            train.set_training_mode(one, frozen=step >= FREEZE_AFTER)
-            sums += sums_of_share(one, batch, rank)
-        optimizer.zero_grad()
-        loss = loss_from_sums(sums)
-        loss.backward()
-        if step < FREEZE_AFTER:
-            average(models)
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        losses.append(loss.item())
-    of_epochs = [(losses[0] + losses[1]) / 2, (losses[2] + losses[3]) / 2]
-    return result_of(of_epochs, model, train.evaluate(model, DataLoader(DATA), SMALL, [CPU]), SMALL)
+def test_maps_are_added_up_pixel_by_pixel_whatever_their_order_in_memory(results):
+    found = results["2-2-0-together"]
+    assert found["sum"] == [0, 2, 4, 6, 8, 10, 12, 14]
 
 
-def test_processes_that_share_batches_learn_what_one_does(results, in_float64):
-    assert_same_results(results, "2-1", range(2), "remembered", train_by_hand())
+def test_each_group_has_dropout_of_its_own_and_its_processes_the_same(results):
+    drawn = results["4-2-0-together"]["drawn"]
+    assert results["4-2-1-together"]["drawn"] == drawn
+    assert results["4-2-2-together"]["drawn"] != drawn
 
 
 # What each does, and in which order
 
 def test_what_the_first_process_finds_is_told_to_all_and_if_it_fails_the_others_end(results):
-    assert torch.load(results / "told-0")
-    assert torch.load(results / "told-1")
+    assert results["2-2-0-together"]["told"] == [7, "ValueError"]
+    assert results["2-2-1-together"]["told"] == [7, "SystemExit"]
 
 
 CASE_OF_TWO_DEVICES = pytest.param("two devices", marks=pytest.mark.skipif(DEVICE is None, reason="no second device"))
@@ -248,20 +231,19 @@ CASE_OF_TWO_DEVICES = pytest.param("two devices", marks=pytest.mark.skipif(DEVIC
 @pytest.mark.parametrize("case", ["remembered", "recomputed", CASE_OF_TWO_DEVICES])
 def test_all_processes_exchange_the_same_in_the_same_order_and_gradients_after_the_backward_pass(case, results):
     """Or one could wait for another that waits for it. In the backward pass there is a single exchange."""
-    first = torch.load(results / "measured-0")[case]
-    second = torch.load(results / "measured-1")[case]
-    assert first["calls"] == second["calls"]
+    calls = results["2-2-0-measured"][case]["calls"]
+    assert results["2-2-1-measured"][case]["calls"] == calls
     coarse_map = (1, 8, 16, 16)
-    exchanges = [(shape, members) for shape, members, in_backward_pass in first["calls"] if in_backward_pass]
-    assert exchanges == [(coarse_map, "group")]
-    weights = sum(gradient.numel() for gradient in first["gradients"])
-    statistics = sum(buffer.numel() for buffer in build_from_config(LARGE).buffers() if buffer.is_floating_point())
-    assert first["calls"][-2:] == [((weights,), "all", False), ((statistics,), "all", False)]
+    sums = (4, 3)
+    *in_step, (_, *gradients), (_, *statistics) = calls
+    assert in_step == [(coarse_map, "group", False), (sums, "all", False), (coarse_map, "group", True)]
+    assert gradients == ["all", False]
+    assert statistics == ["all", False]
 
 
 @pytest.mark.parametrize("case", [CASE_OF_TWO_DEVICES])
 def test_two_devices_in_each_of_two_processes_learn_what_one_in_each_does(case, results):
-    measured = torch.load(results / "measured-0")
+    measured = results["2-2-0-measured"]
     torch.testing.assert_close(measured[case]["gradients"], measured["remembered"]["gradients"])
 
 
@@ -273,30 +255,20 @@ def test_the_plan_of_a_process_is_what_it_needs_and_what_it_hands_over(case, rec
     with plan.first_process(config["image_processes"]):
         memory = plan.fake_step(config)
     peak = max(phase["cpu:1"] for phase in memory.phases)
-    measured = torch.load(results / "measured-0")[case]
+    measured = results["2-2-0-measured"][case]
     assert peak == pytest.approx(measured["peak"], rel=0.02)
     assert memory.moved["cpu:1", "other processes"] == measured["bytes"]
 
 
-def test_two_processes_need_little_more_than_half_of_the_memory_each():
-    """The weights, what belongs to them, and the coarse map of the whole image are not shared."""
-    shared, _ = plan.predict({**LARGE, "image_size": (256, 256)})
-    alone, _ = plan.predict({**LARGE, "image_size": (256, 256), "image_processes": 1})
-    assert shared["cpu:1"] < 0.55 * alone["cpu:1"]
-
-
 def test_a_process_reads_only_its_own_tiles(monkeypatch):
     """Of a mapped file, which is not in memory, nothing else is read."""
-    pixels = {torch.float32: 0, torch.uint8: 0}
-    to_device = train.to_device
+    read = []
 
     def watched(tile, device):
-        pixels[tile.dtype] += tile.numel()
-        return to_device(tile, device)
+        read.append(tile.shape)
+        return tile
 
     monkeypatch.setattr(train, "to_device", watched)
     monkeypatch.setattr(processes, "image_processes", 4)  # this one is the first
-    config = {**LARGE, "comm_channels": 0}
-    images, masks = random_batch(1, (64, 64))
-    train.batch_loss(build_from_config(config).eval(), images, masks, build_tiling(config, (64, 64)), [CPU], config)
-    assert pixels == {torch.float32: 32 * 32, torch.uint8: 32 * 32}
+    training_step(Tiling((32, 32), (2, 2), 4), comm_channels=0)
+    assert read == [(2, 1, 16, 16), (2, 16, 16)]

@@ -1,81 +1,44 @@
-import contextlib
 import csv
-import io
 import json
 import subprocess
 import sys
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import CONFIG, CPU, ROOT, random_batch
 
 import train
+from decompose import Tiling
 from support import options
 from support.datasets import build_datasets
-from support.model import load_model
+from support.loss import loss_from_sums, loss_sums
+from support.model import build_from_config, load_model
 from unet import UNet
 
-CPU = torch.device("cpu")
 SMALL = "--width 2 --depth 2 --comm-channels 4 --train-images 8 --epochs 2 --batch-size 8".split()
 
 
 def run(out, *options) -> dict:
     """Trains a small network. Returns what metrics.json holds."""
     train.main([*SMALL, *options, "--out", str(out)])
-    return read_metrics(out)
-
-
-def read_metrics(out) -> dict:
     return json.loads((out / "metrics.json").read_text())
 
 
-# The files of a run
+def test_a_run_leaves_its_files_and_the_scores_of_its_best_epoch(tmp_path):
+    out = tmp_path / "run"
+    metrics = run(out, "--gpus", "4")
+    names = {path.name for path in out.iterdir()}
+    assert names == {"best.pt", "curves.png", "last.pt", "log.csv", "metrics.json", "predictions.png"}
+    assert set(metrics) == {"config", "parameters", "seconds", "seconds_per_step", "peak_mib", "val", "test"}
 
-class FinishedRun:
-    """A run of a small network: its folder, what metrics.json holds, and what was printed."""
+    with open(out / "log.csv") as file:
+        first, second = csv.DictReader(file)
+    best = max(float(first["val_mean_iou"]), float(second["val_mean_iou"]))
+    assert best == metrics["val"]["mean_iou"]
 
-    def __init__(self, out):
-        printed = io.StringIO()
-        with contextlib.redirect_stdout(printed):
-            self.metrics = run(out, "--gpus", "4")
-        self.out = out
-        self.printed = printed.getvalue()
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    return FinishedRun(tmp_path_factory.mktemp("runs") / "run")
-
-
-def test_a_run_leaves_its_files(finished):
-    names = sorted(path.name for path in finished.out.iterdir())
-    assert names == ["best.pt", "curves.png", "last.pt", "log.csv", "metrics.json", "predictions.png"]
-
-
-def test_the_metrics_of_a_run(finished):
-    metrics = finished.metrics
-    assert set(metrics) == {
-        "config", "parameters", "seconds", "seconds_per_step", "peak_mib", "val", "test"}
-    assert metrics["config"]["image_size"] == [64, 64]
-    assert set(metrics["test"]["iou"]) == {"background", "line", "circle"}
-    assert metrics["seconds"] > 0
-    assert metrics["seconds_per_step"] > 0
-    assert all(metrics["peak_mib"].values())
-
-
-def test_the_log_has_a_row_for_each_epoch_and_the_metrics_are_those_of_the_best(finished):
-    with open(finished.out / "log.csv") as file:
-        rows = list(csv.DictReader(file))
-    assert [row["epoch"] for row in rows] == ["1", "2"]
-    best = max(float(row["val_mean_iou"]) for row in rows)
-    assert best == finished.metrics["val"]["mean_iou"]
-
-
-def test_the_best_checkpoint_has_the_scores_of_the_metrics(finished):
-    model, config = load_model(finished.out / "best.pt")
+    model, config = load_model(out / "best.pt")
     loader = torch.utils.data.DataLoader(build_datasets(config)["test"], batch_size=4)
-    scores = train.evaluate(model, loader, config, [CPU])
-    assert scores == finished.metrics["test"]
+    assert train.evaluate(model, loader, config, [CPU]) == metrics["test"]
 
 
 # What is learned
@@ -84,34 +47,50 @@ def test_the_same_seed_gives_the_same_numbers_and_another_seed_others(tmp_path, 
     one = run(tmp_path / "one", "--seed", "1")
     same = run(tmp_path / "same", "--seed", "1")
     other = run(tmp_path / "other", "--seed", "2")
-    assert one["val"] == same["val"]
     assert one["test"] == same["test"]
     assert one["test"] != other["test"]
 
 
-def test_the_plain_unet_is_a_flag_away(tmp_path, no_pictures):
-    run(tmp_path / "plain", "--grid", "1x1", "--comm-channels", "0")
-    trained, _ = load_model(tmp_path / "plain/best.pt")
-    unet = UNet(in_channels=1, classes=3, width=2, depth=2)
-    unet.load_state_dict(trained.state_dict())
+def test_with_one_tile_and_without_communication_it_is_the_plain_unet_and_filled_pixels_do_not_count():
+    """An image of 30x29 is filled up to 32x32, and then normalised with a mean of 0.5 and a deviation of 2."""
+    weights = [0.2, 1.0, 1.8]
+    config = {**CONFIG, "comm_channels": 0, "image_size": (30, 29), "grid": (1, 1), "loss_weights": weights}
+    model = build_from_config(config)
+    model.eval()
+    unet = UNet(in_channels=1, classes=3, width=4, depth=2)
+    unet.load_state_dict(model.state_dict())
+    unet.eval()
+    images, masks = random_batch(2, (30, 29))
+    filled = torch.nn.functional.pad(images, (0, 3, 0, 2))
+    logits = unet((filled - 0.5) / 2)
+    sums = loss_sums(logits[..., :30, :29], masks)
+    expected = loss_from_sums(sums, weights)
+    tiling = Tiling((30, 29), (1, 1), 4)
+    loss = train.batch_loss(model, images, masks, tiling, [CPU], config)
+    torch.testing.assert_close(loss, expected)
+    scores = train.evaluate(model, [(images, masks)], config, [CPU])
+    assert scores["loss"] == pytest.approx(expected.item())
 
 
-LINES = ("--grid 1x2 --image-size 32x64 --depth 2 --width 8 --comm-channels 16 --train-images 320 --epochs 5 "
-         "--batch-size 8 --no-amp").split()
+LINES = "--grid 1x2 --image-size 32x64 --width 8 --train-images 320 --epochs 5 --no-amp".split()
 
 
-def line_iou(out, *options) -> float:
-    """How well lines are found, of which each tile sees a part that does not tell whether it is one."""
-    train.main([*LINES, *options, "--out", str(out)])
-    return read_metrics(out)["test"]["iou"]["line"]
+@pytest.mark.parametrize("channels, at_least, at_most", [("16", 0.4, 1), ("0", 0, 0.2)])
+def test_tiles_learn_the_line_if_and_only_if_they_communicate(channels, at_least, at_most, tmp_path, no_pictures):
+    """Each tile sees a part of it that does not tell whether it is one, and without communication can only guess."""
+    metrics = run(tmp_path / "run", *LINES, "--comm-channels", channels)
+    assert at_least <= metrics["test"]["iou"]["line"] <= at_most
 
 
-def test_tiles_that_communicate_learn_the_line(tmp_path, no_pictures):
-    assert line_iou(tmp_path / "with") > 0.4
-
-
-def test_tiles_that_do_not_communicate_can_only_guess_the_line(tmp_path, no_pictures):
-    assert line_iou(tmp_path / "without", "--comm-channels", "0") < 0.2
+@pytest.mark.parametrize("option, images, expected", [
+    (None, 64, 0.015),
+    (None, 16, 0.015),
+    (None, 4, 0.015 / 4),
+    (0.1, 4, 0.1),
+])
+def test_with_fewer_images_in_a_step_the_learning_rate_is_lower_in_proportion_unless_it_is_given(
+        option, images, expected):
+    assert train.peak_learning_rate({"lr": option, "batch_size": images}) == expected
 
 
 # Bad input
@@ -163,28 +142,40 @@ def test_help_loads_no_pytorch_and_tells_defaults():
 
 # Progress
 
+class Clock:
+    """time.perf_counter, of which a test says what it shows."""
+
+    seconds = 0
+
+    def __call__(self) -> float:
+        return self.seconds
+
+
 class UnreadLoss:
     def __format__(self, kind):
         raise AssertionError("to read it would wait for the GPU")
 
 
-@pytest.mark.parametrize("terminal, shown", [
-    (False, "step 120 of 300, loss 0.5000, 0:06:00 left\nstep 200 of 300, 0:01:40 left\n"),
-    (True, "\r\033[Kstep 120 of 300, loss 0.5000, 0:06:00 left\r\033[Kstep 200 of 300, 0:01:40 left"),
+@pytest.mark.parametrize("terminal, pause, shown", [
+    (False, 29, "step 120 of 300, loss 0.5000, 0:06:00 left\nstep 200 of 300, 0:01:40 left\n"),
+    (True, 0.1, "\r\033[Kstep 120 of 300, loss 0.5000, 0:06:00 left\r\033[Kstep 200 of 300, 0:01:40 left"),
 ])
 def test_progress_is_a_line_every_half_a_minute_in_a_file_and_stays_in_its_line_on_a_terminal(
-        terminal, shown, monkeypatch, capsys):
-    seconds = [0]
-    monkeypatch.setattr(options.time, "perf_counter", lambda: seconds[0])
-    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal, raising=False)
+        terminal, pause, shown, monkeypatch, capsys):
+    def isatty():
+        return terminal
+
+    clock = Clock()
+    monkeypatch.setattr(options.time, "perf_counter", clock)
+    monkeypatch.setattr(sys.stdout, "isatty", isatty, raising=False)
     progress = options.Progress("step", total=300, done=100)
-    seconds[0] = 0.1 if terminal else 29
+    clock.seconds = pause
     progress.show(110, UnreadLoss())
-    seconds[0] = 40
+    clock.seconds = 40
     progress.show(120, torch.tensor(0.5))
-    seconds[0] = 40.1 if terminal else 69
+    clock.seconds = 40 + pause
     progress.show(121, UnreadLoss())
-    seconds[0] = 100
+    clock.seconds = 100
     progress.show(200)
     assert capsys.readouterr().out == shown
 
@@ -193,13 +184,3 @@ def test_all_commands_load_where_python_has_no_fcntl_and_no_resource():
     """As on Windows."""
     code = "import sys; sys.modules['fcntl'] = sys.modules['resource'] = None; import train, predict, plan"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
-
-
-@pytest.mark.parametrize("batch_size, lr, expected", [
-    (1, None, 0.015 / 16),
-    (16, None, 0.015),
-    (64, None, 0.015),
-    (4, 0.1, 0.1),
-])
-def test_with_fewer_images_in_a_step_the_learning_rate_is_lower_in_proportion(batch_size, lr, expected):
-    assert train.peak_learning_rate({"batch_size": batch_size, "lr": lr}) == expected
