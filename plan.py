@@ -26,6 +26,7 @@ if __name__ == "__main__" and "--help" in sys.argv:
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -58,8 +59,9 @@ def fake_step(config: dict, frozen: bool = False) -> LiveMemory:
     with memory, FakeTensorMode(), mock.patch.object(scale, "draw_seeds", return_value=no_seeds):
         with devices[0]:  # all tensors that are made here are made on it
             model = build_from_config(config)
-        for layer in train.batch_norms(model):  # which makes its number of steps on the CPU, whatever is said
-            layer.num_batches_tracked = torch.zeros((), dtype=torch.long, device=devices[0])
+        for layer in model.modules():
+            if isinstance(layer, nn.BatchNorm2d):  # which makes its number of steps on the CPU, whatever is said
+                layer.num_batches_tracked = torch.zeros((), dtype=torch.long, device=devices[0])
         train.set_training_mode(model, frozen)
         optimizer = torch.optim.Adam(model.parameters(), fused=True)
         for weight in model.parameters():

@@ -248,11 +248,7 @@ def predict_all(asked: argparse.Namespace):
             except BrokenPipeError:  # nobody reads what is printed any more
                 raise
             except Exception as error:  # whatever is wrong with one image, the others are done
-                reason = f"{path}: {error}"
-                if isinstance(error, UserError):
-                    reason = error
-                elif processes.is_out_of_memory(error):
-                    reason = f"{path}: out of memory; take a --grid of more tiles"
+                reason = error if isinstance(error, UserError) else f"{path}: {error!r}"
                 show_progress("")
                 print(f"error: {reason}", file=sys.stderr)
     finally:  # also after Ctrl-C

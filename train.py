@@ -34,7 +34,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from decompose import DecomposedUNet, Tiling
+from decompose import DecomposedUNet, Tiling, learns_statistics
 from support import processes, scale
 from support.datasets import build_datasets
 from support.images import normalise
@@ -151,17 +151,9 @@ def set_training_mode(model: nn.Module, frozen: bool):
     in BatchNorm" (arXiv 2105.07576).
     """
     model.train()
-    for layer in batch_norms(model):
-        layer.train(not frozen)
-
-
-def batch_norms(model: nn.Module) -> list[nn.BatchNorm2d]:
-    """The layers of batch norm, if it has any."""
-    layers = []
     for layer in model.modules():
         if isinstance(layer, nn.BatchNorm2d):
-            layers.append(layer)
-    return layers
+            layer.train(not frozen)
 
 
 def train_epoch(model, loader, optimizer, schedule, config: dict, devices: list, freeze_step: int) -> float:
@@ -208,7 +200,8 @@ def evaluate(model, loader, config: dict, devices: list) -> dict:
         larger = math.prod(tiling.size) > math.prod(config["image_size"])
         recompute = config["recompute"] or larger  # an image larger than those of training may not fit without it
         settings = {**config, "recompute": recompute}
-        for tile_sums, tile_counts in run_tiles(model, images, tiling, devices, settings, measure_tile):
+        measured = run_tiles(model, images, tiling, devices, settings, measure_tile)
+        for tile_sums, tile_counts in measured:
             sums += tile_sums.to(first)
             counts += tile_counts.to(first)
         progress.show(step)
@@ -217,7 +210,9 @@ def evaluate(model, loader, config: dict, devices: list) -> dict:
     sums = processes.all_reduce_sum(sums)
     counts = processes.all_reduce_sum(counts)
     loss = loss_from_sums(sums, config["loss_weights"])
-    return {"loss": loss.item(), **scores(counts, config["classes"])}
+    result = scores(counts, config["classes"])
+    result["loss"] = loss.item()
+    return result
 
 
 # All of it
@@ -247,7 +242,7 @@ def train(config: dict, devices: list, out: Path, state: dict) -> dict:
     schedule = torch.optim.lr_scheduler.OneCycleLR(  # sets the learning rate; it cannot have 0 steps
         optimizer, peak_learning_rate(config), total_steps=max(steps, steps_per_epoch), anneal_strategy="linear")
     freeze_step = freeze_step_of(config, steps)
-    if batch_norms(model) and freeze_step < steps:
+    if freeze_step < steps and learns_statistics(model):
         print(f"batch norm keeps its statistics after {freeze_step} of {steps} steps")
 
     # The run, which keeps what training changes and writes it to its folder
@@ -275,14 +270,14 @@ def train(config: dict, devices: list, out: Path, state: dict) -> dict:
 
 
 @torch.no_grad()
-def predict_some(model, dataset, config: dict, devices: list, count: int = 4) -> tuple[dict, list]:
-    """The first images of a data set, their true masks and their predictions, reduced to the size
+def predict_some(model, dataset, config: dict, devices: list) -> tuple[dict, list]:
+    """The first four images of a data set, their true masks and their predictions, reduced to the size
     of a picture; and the boxes of the tiles in these pictures."""
     model.eval()
     config = {**config, "recompute": True}  # one tile at a time
     pictures = {"image": [], "true mask": [], "prediction": []}
     boxes = []
-    for image, mask in itertools.islice(dataset, count):
+    for image, mask in itertools.islice(dataset, 4):
         tiling = build_tiling(config, mask.shape)
 
         def predict_tile(i: int, logits: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ the variables to put in front of the command.
 
 import argparse
 import json
+import os
 import statistics
 import time
 from pathlib import Path
@@ -60,6 +61,16 @@ COLUMNS = ["size", "model", "seconds", "megapixels_per_second", "peak_mib", "pre
 
 
 # The step
+
+def memory_gib() -> float:
+    """The memory that a step may need: nine tenths of that of the smallest GPU, or of the machine
+    if there is no GPU."""
+    if torch.cuda.is_available():
+        sizes = [torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count())]
+    else:
+        sizes = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    return 0.9 * min(sizes) / 2**30
+
 
 class Contestant:
     """One model and one batch on it: `step()` is a training step, `seconds()` and `peak_mib()` measure one."""
@@ -117,7 +128,7 @@ def predicted_mib(config: dict) -> float:
 
 def enter(config: dict, device: torch.device, predicted: float) -> tuple[Contestant, float] | None:
     """A contestant and its peak in MiB, or None if it does not fit. predicted: MiB of its step."""
-    if device.type == "cpu" and predicted > processes.memory_gib() * 2**10:  # to try would be to be killed
+    if device.type == "cpu" and predicted > memory_gib() * 2**10:  # to try would be to be killed
         return None
     try:
         contestant = Contestant(config, device)

@@ -220,20 +220,6 @@ def all_reduce_together(tensors: list[Tensor]):
 
 # Memory
 
-def is_out_of_memory(error: Exception) -> bool:
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in str(error)
-
-
-def memory_gib() -> float:
-    """The memory that a step may need: nine tenths of that of the smallest GPU, or of the machine
-    if there is no GPU."""
-    if torch.cuda.is_available():
-        sizes = [torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count())]
-    else:
-        sizes = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
-    return 0.9 * min(sizes) / 2**30
-
-
 def peak_mib(devices: list) -> dict[str, float]:
     """The allocator's peak on each GPU; without one, the process's peak resident memory, where the system tells it."""
     if devices[0].type == "cuda":

@@ -73,18 +73,21 @@ def forward(model: DecomposedUNet, tiling: Tiling, groups: list[list[int]], devi
             reduced.append(reduce_tile(i, tiling.crop(i, logits_of_tile)))
         return reduced
 
-    received = {}
+    received = []
     if model.comm_net is not None:
         sent = {}
         for group in groups:
             sent_by_group = forget_activations(recompute, encode_to_send, group)
             sent.update(zip(group, sent_by_group))
         global_map = stitch_over_processes(sent, tiling.coarse, model.comm_device())
-        received = dict(enumerate(tiling.coarse.split(model.comm_net(global_map))))
+        received = tiling.coarse.split(model.comm_net(global_map))
 
     reduced = {}
     for group in groups:
-        received_by_group = [received[i] for i in group if i in received]
+        received_by_group = []
+        if received:
+            for i in group:
+                received_by_group.append(received[i])
         reduced_of_group = forget_activations(recompute, encode_and_decode, group, received_by_group)
         reduced.update(zip(group, reduced_of_group))
     encoder.update_buffers()
@@ -179,7 +182,10 @@ def fixed_dropout(seed: int, devices: Iterable[torch.device]):
     Outside, the random numbers go on as if nothing had been drawn. So the processes that share an
     image, each with other tiles, draw the same ones in the communication network.
     """
-    gpus = [device for device in devices if device.type == "cuda"]
+    gpus = []
+    for device in devices:
+        if device.type == "cuda":
+            gpus.append(device)
     with LOCK, torch.random.fork_rng(gpus):
         torch.manual_seed(seed)
         yield

@@ -60,9 +60,10 @@ def training_step(tiling, devices=(CPU,), images=2, frozen=False, **changes) -> 
     torch.manual_seed(0)
     config = {**CONFIG, **changes}
     model = build_from_config(config).to(devices[0])
-    for layer in train.batch_norms(model):
-        layer.running_mean.normal_()
-        layer.running_var.uniform_(0.5, 2)
+    for layer in model.modules():
+        if isinstance(layer, torch.nn.BatchNorm2d):
+            layer.running_mean.normal_()
+            layer.running_var.uniform_(0.5, 2)
     train.set_training_mode(model, frozen)
     pixels, masks = random_batch(images, tiling.size)
     loss = train.batch_loss(model, pixels, masks, tiling, devices, config)

@@ -69,7 +69,7 @@ def train_and_evaluate(case: str) -> list:
         losses.append(loss)
     own_images = DATA[processes.group_rank()::processes.number_of_groups()]
     scores = train.evaluate(model, DataLoader(own_images), config, [CPU])
-    pictures, _ = train.predict_some(model, DATA, config, [CPU], count=1)
+    pictures, _ = train.predict_some(model, DATA, config, [CPU])
     return [losses, scores, gradients_of(model), model.state_dict(), pictures["prediction"]]
 
 
