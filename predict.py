@@ -248,7 +248,9 @@ def predict_all(asked: argparse.Namespace):
             except BrokenPipeError:  # nobody reads what is printed any more
                 raise
             except Exception as error:  # whatever is wrong with one image, the others are done
-                reason = error if isinstance(error, UserError) else f"{path}: {error!r}"
+                reason = str(error) or repr(error)
+                if not isinstance(error, UserError):  # which names the image itself
+                    reason = f"{path}: {reason}"
                 show_progress("")
                 print(f"error: {reason}", file=sys.stderr)
     finally:  # also after Ctrl-C

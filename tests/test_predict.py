@@ -309,7 +309,7 @@ def three(tmp_path):
 
 @pytest.mark.parametrize("letter, error, status, message", [
     ("b", MemoryError(), 1, "b.png: MemoryError()"),
-    ("b", RuntimeError("DefaultCPUAllocator: no memory"), 1, "b.png: RuntimeError('DefaultCPU"),
+    ("b", RuntimeError("DefaultCPUAllocator: no memory"), 1, "b.png: DefaultCPUAllocator: no memory"),
     ("b", OSError(28, "No space left on device", "NAME"), 1, "b.png: [Errno 28] No space left on device: 'NAME'"),
     ("b", SyntaxError("not a TIFF file"), 1, "b.png: not a TIFF file"),  # what Pillow says of a broken EXIF
     ("c", KeyboardInterrupt(), 130, "stopped"),
