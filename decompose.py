@@ -183,7 +183,8 @@ class DecomposedUNet(nn.Module):
             sent = []
             for i, coarse_map in enumerate(coarse_maps):
                 sent.append(self.to_send(i, coarse_map, tiling))
-            global_map = tiling.coarse.stitch(sent, self.comm_device())
+            comm_device = next(self.comm_net.parameters()).device
+            global_map = tiling.coarse.stitch(sent, comm_device)
             received = tiling.coarse.split(self.comm_net(global_map))
             for i, coarse_map in enumerate(coarse_maps):
                 coarse_maps[i] = self.replace(coarse_map, received[i])
@@ -206,10 +207,6 @@ class DecomposedUNet(nn.Module):
         if channels < self.comm_channels:
             raise ValueError(f"{self.comm_channels} communicated channels, but the coarse map has only {channels}")
         return tiling.coarse.crop(i, coarse_map[:, -self.comm_channels:])
-
-    def comm_device(self) -> torch.device:
-        """The device of the communication network."""
-        return next(self.comm_net.parameters()).device
 
     def replace(self, coarse_map: Tensor, received: Tensor) -> Tensor:
         """The coarse map of a tile, with its last K channels replaced by what the tile received, on any device."""
@@ -258,9 +255,10 @@ class MultiDeviceModule:
         device = inputs[-1].device
         if device not in self.weights:
             self.copy_to(device)
-        buffers = self.buffers[device]
+        buffers = dict(self.buffers[device])
         if self.learns_statistics:
-            buffers = {name: buffer.clone() for name, buffer in buffers.items()}
+            for name, buffer in self.buffers[device].items():
+                buffers[name] = buffer.clone()
             self.changed.append(buffers)
         # functional_call runs the module with these weights and buffers in place of its own. With its default,
         # tie_weights=True, a layer that has two names would keep the copies after the call. (The price: a weight that

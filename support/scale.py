@@ -79,7 +79,8 @@ def forward(model: DecomposedUNet, tiling: Tiling, groups: list[list[int]], devi
         for group in groups:
             sent_by_group = forget_activations(recompute, encode_to_send, group)
             sent.update(zip(group, sent_by_group))
-        global_map = stitch_over_processes(sent, tiling.coarse, model.comm_device())
+        comm_device = next(model.comm_net.parameters()).device
+        global_map = stitch_over_processes(sent, tiling.coarse, comm_device)
         received = tiling.coarse.split(model.comm_net(global_map))
 
     reduced = {}
