@@ -42,9 +42,9 @@ class Tiling:
     coarse: a Tiling with the same cuts for the coarse map, which has one pixel for every cell (with a cell of 1, the
         Tiling itself).
 
-    The tiles are as equal as whole cells allow: 2448 pixels in cells of 16 are 153 cells, so two
-    tiles are 1232 and 1216 wide. If the image ends inside a cell, `split` pads it at the bottom and
-    right, and `stitch` crops it again.
+    The tiles are as equal as whole cells allow: 10 cells in four tiles are 3, 2, 3 and 2. And 2448 pixels in cells of
+    16 are 153 cells, so two tiles are 1232 and 1216 wide. If the image ends inside a cell, `split` pads it at the
+    bottom and right, and `stitch` crops it again.
     ValueError: there are no tiles, or more than cells; or the overlap is not a whole number of cells.
     """
 
@@ -53,8 +53,8 @@ class Tiling:
         rows, columns = grid
         cells = (math.ceil(height / cell), math.ceil(width / cell))
         if not (1 <= rows <= cells[0] and 1 <= columns <= cells[1]):
-            raise ValueError(f"{rows}x{columns} tiles: an image of {height}x{width} pixels in cells of {cell}x{cell} can "
-                             f"have 1x1 to {cells[0]}x{cells[1]}")
+            raise ValueError(f"{rows}x{columns} tiles: an image of {height}x{width} pixels in cells of {cell}x{cell} "
+                             f"can have 1x1 to {cells[0]}x{cells[1]}")
         if overlap < 0 or overlap % cell != 0:
             raise ValueError(f"an overlap of {overlap} pixels: it must be a multiple of the cell, {cell}")
         self.size = (height, width)
@@ -87,8 +87,8 @@ class Tiling:
         columns = self.grid[1]
         tiles = []
         for start in range(0, len(boxes), columns):
-            # First a strip, then tiles of it, to save memory: in the backward pass each slice makes
-            # zeros as large as what it was cut from.
+            # First a strip, then tiles of it, to save memory: the gradient of a slice is zeros as large as what it was
+            # cut from, with the gradient of the slice written into them.
             top, bottom, _, _ = boxes[start]
             strip = x[..., top:bottom, :]
             for _, _, left, right in boxes[start:start + columns]:
@@ -103,13 +103,13 @@ class Tiling:
     def crop(self, i: int, tile: Tensor) -> Tensor:
         """Tile i with its overlap (...,h,w) -> the same tile without its overlap. ValueError: it is of another size."""
         top, bottom, left, right = self.boxes[i]
-        first_row, last_row, first_column, last_column = self.halos[i]
-        height, width = last_row - first_row, last_column - first_column
+        halo_top, halo_bottom, halo_left, halo_right = self.halos[i]
+        height, width = halo_bottom - halo_top, halo_right - halo_left
         if tile.shape[-2:] != (height, width):
             raise ValueError(f"tile {i} has the shape {tuple(tile.shape)}, but the tiling makes it {height} rows and "
                              f"{width} columns; if this is a coarse map, give Tiling as `cell` by how much the "
                              "encoder shrinks a tile (2^D for a U-Net of depth D)")
-        return tile[..., top - first_row:bottom - first_row, left - first_column:right - first_column]
+        return tile[..., top - halo_top:bottom - halo_top, left - halo_left:right - halo_left]
 
     def stitch(self, tiles: Sequence[Tensor], device: torch.device | None = None) -> Tensor:
         """Tiles (...,h,w) without overlap, row-major, on any devices -> (...,H,W) on `device`.
@@ -147,8 +147,7 @@ class DecomposedUNet(nn.Module):
     comm_channels: K, at most the channels of the coarse map.
 
     Tiles may lie on different devices, and encoder and decoder are computed where the tile lies. The
-    communication network is computed where its weights are, of which it needs at least one:
-    `model.comm_net.to("cuda:3")` moves it.
+    communication network is computed where its weights are: `model.comm_net.to("cuda:3")` moves it.
     ValueError: a communication network without channels, or channels without a network.
     """
 
@@ -251,7 +250,7 @@ class MultiDeviceModule:
             self.buffers[device][name] = buffer.to(device, copy=True)
 
     def __call__(self, *inputs):
-        """What the module makes of these inputs. The last one is a tensor, and lies on the device on which to compute."""
+        """What the module makes of these inputs. It is computed on the device of the last one, which is a tensor."""
         device = inputs[-1].device
         if device not in self.weights:
             self.copy_to(device)
@@ -267,7 +266,7 @@ class MultiDeviceModule:
 
     @torch.no_grad()
     def update_buffers(self):
-        """The buffers of the module become the mean of those of all calls. To be called once, after the last one."""
+        """The buffers of the module become the mean of those of all calls. To be called after a forward pass."""
         if not self.changed:
             return
         for name, buffer in self.module.named_buffers():

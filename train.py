@@ -77,8 +77,9 @@ def run_tiles(model: DecomposedUNet, images: Tensor, tiling: Tiling, devices: li
         tile = to_device(image_tiles[i], placement[i])
         return normalise(tile, config["mean"], config["std"])
 
-    # In bfloat16 where the user wants it. The cache of autocast would keep one bfloat16 copy of each weight for all
-    # tiles, so that their gradients would be added up in bfloat16, in which small ones are lost.
+    # In bfloat16 where the user wants it. Without the cache, each tile has its own bfloat16 copy of the weights, and
+    # the gradients of all tiles are added up in float32. In bfloat16, in which the cache would add them up, small ones
+    # are lost.
     device_type = devices[0].type
     with torch.autocast(device_type, torch.bfloat16, enabled=config["amp"], cache_enabled=False):
         recompute = config["recompute"]
@@ -284,7 +285,7 @@ def predict_some(model, dataset, config: dict, devices: list) -> tuple[dict, lis
             return logits.argmax(dim=1)[0].byte()
 
         tiles = run_tiles(model, image[None], tiling, devices, config, predict_tile)
-        numbered = dict(zip(place(tiling, devices), tiles))
+        numbered = dict(zip(sorted(place(tiling, devices)), tiles))
         prediction = scale.stitch_over_processes(numbered, tiling, torch.device("cpu"))
         step = downsampling(mask.shape, longest=1024)
         shown = {"image": image, "true mask": mask, "prediction": prediction}

@@ -23,8 +23,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-# A function of a number of channels, which makes the layer that normalises them. For group norm of
-# 4 groups: def norm(channels): return nn.GroupNorm(4, channels), with a width that 4 divides.
+# What makes the layer of normalisation, from its number of channels. For group norm of 4 groups, put in place of the
+# last line: def NORM(channels): return nn.GroupNorm(4, channels), and choose a width that 4 divides.
 Norm = Callable[[int], nn.Module]
 NORM = nn.BatchNorm2d  # that of encoder and decoder; the communication network keeps batch norm
 

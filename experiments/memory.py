@@ -45,20 +45,20 @@ def peaks_in_gib(config: dict) -> list[float]:
 
 
 def draw(path: Path, sizes: list[int], results: dict[str, list[list[float]]]):
-    """A solid line for GPU 0, which also runs the communication network, a dashed one for the last GPU.
+    """A solid line for GPU 0, which also runs the communication network, a dashed one for each other GPU.
 
     results: for each model the peaks at each size.
     """
     figure, axes = plt.subplots(figsize=(7.6, 4.8), layout="constrained")
     for i, (name, peaks) in enumerate(results.items()):
-        first, last = np.array(peaks)[:, [0, -1]].T
+        first, others = np.array(peaks)[:, [0, -1]].T
         axes.plot(sizes, first, "o-", color=f"C{i}", label=name)
-        axes.plot(sizes, last, "o--", color=f"C{i}", linewidth=1)
+        axes.plot(sizes, others, "o--", color=f"C{i}", linewidth=1)
     axes.axhline(24, color="gray", linestyle=":", label="a card of 24 GiB")
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.set_xticks(sizes, [f"{size}x{size}" for size in sizes])
-    axes.set(xlabel="image", ylabel="GiB of a GPU, predicted", title="One training step (dashed: the last GPU)")
+    axes.set(xlabel="image", ylabel="GiB of a GPU, predicted", title="One training step (dashed: each other GPU)")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=9)
     plots.save(figure, path)
@@ -87,7 +87,7 @@ def main(arguments: list[str] | None = None):
             results[name].append(peaks)
             cells.append(f"{peaks[0]:.2f} / {peaks[-1]:.2f}")
         table.append(cells)
-    save_table(folder / "memory.md", ["GiB of the first GPU / the last", *MODELS], table)
+    save_table(folder / "memory.md", ["GiB of the first GPU / each other one", *MODELS], table)
     draw(folder / "memory.png", asked.sizes, results)
 
 
