@@ -231,7 +231,9 @@ def what_fits(config: dict, memory: float) -> list[str]:
 
 def print_step(config: dict, peak: Counter, moved: Counter):
     tiles = math.prod(config["grid"])
-    line = f"One training step, {tiles} tiles, batch {config['batch_size']}"
+    height, width = config["image_size"]
+    line = (f"One training step, {height}x{width} pixels, {config['channels']} channels, {len(config['classes'])} "
+            f"classes, {tiles} tiles, batch {config['batch_size']}")
     if config["recompute"]:
         line += ", recompute"
     if config["amp"]:

@@ -128,10 +128,12 @@ def find_images(named: list[Path], out: Path) -> list:
 
     The name is that of the results: the path of the image in the folder that was named, without the suffix.
 
-    DataError: a folder holds `out`; see also `find_files`.
+    DataError: one does not exist, or a folder holds `out`; see also `find_files`.
     """
     images = []
     for path in named:
+        if not path.exists():
+            raise DataError(f"{path}: there is no such image or folder")
         if not path.is_dir():
             images.append((name_of(Path(path.name)), path))
             continue

@@ -20,6 +20,7 @@ from support.sizes import check_sizes, check_tiling
 from synthetic import LinesAndCircles
 
 MOST_NUMBERED = 10  # classes without names; masks with more values are seldom masks of classes
+FEW_STEPS = 100  # fewer are often too few
 THREADS = 4  # that look at images; each has one in memory
 
 
@@ -114,6 +115,8 @@ def describe_folder(config: dict) -> dict:
     counts = [f"{len(dataset)} for {split}" for split, dataset in datasets.items()]
     print(f"{len(classes)} classes ({', '.join(classes)}), {channels}-channel images: {', '.join(counts)}; "
           f"{steps} steps of training")
+    if 0 < steps < FEW_STEPS:
+        print("these are few steps: take more --epochs, a smaller --batch-size, or windows with --crop")
     return {
         "channels": channels,
         "dtype": dtype,

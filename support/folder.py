@@ -64,8 +64,9 @@ def pairs_in(folder: Path) -> list[Pair]:
     masks = find_files(folder / "masks")
     alone = sorted(images.keys() ^ masks.keys())
     if alone or not images:
-        raise DataError(f"{folder}: there must be images ({', '.join(SUFFIXES)}) in its folder images, and for each a "
-                        f"mask of the same name in masks; these have no partner: {alone[:5]}")
+        raise DataError(f"{folder}: holds {len(images)} images ({', '.join(SUFFIXES)}) in its folder images, and "
+                        f"{len(masks)} masks in its folder masks; each needs a partner of the same name, which is "
+                        f"missing for {alone[:5]}")
     return [(images[name], masks[name]) for name in images]
 
 

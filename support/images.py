@@ -213,7 +213,7 @@ def check_values(image: np.ndarray, name: Path | str, config: dict) -> str | Non
     is_far = away > FAR or spread > FAR or 1e-6 < spread < 1 / FAR  # less is rounding
     if is_far and config["dtype"] is not None:
         return (f"{name}: numbers far from those of training: means are up to {away:.3g} deviations of training away, "
-                f"and deviations up to {spread:.3g} times as large; bring the numbers to the same units")
+                f"and deviations at most {spread:.3g} times as large; bring the numbers to the same units")
     if count.sum() < image.size:
         return f"{name}: holds nan or inf; nan is taken as the mean of the training images, inf as 10 deviations"
     return None

@@ -231,7 +231,8 @@ def options_beside(name: str, allowed: Sequence[str], arguments: list[str] | Non
         action.default = argparse.SUPPRESS  # an option that is not given has no value
     given = vars(parser.parse_args(arguments))
     if given.keys() - {name, *allowed}:
-        parser.error(f"--{name} takes the options of the run; beside it can only stand {', '.join(allowed)}")
+        options = ", --".join(allowed).replace("_", "-")
+        parser.error(f"--{name} takes the options of the run; beside it can only stand --{options}")
     return given
 
 
@@ -286,7 +287,7 @@ def one_line_errors(parser: Parser, out: Path | None = None):
         yield
     except KeyboardInterrupt:
         said = "stopped"
-        if out is not None:
+        if out is not None and (out / "last.pt").exists():
             said += f"; go on with: python train.py --resume {out}"
         parser.exit(130, f"\n{said}\n")
     except UserError as error:

@@ -147,7 +147,7 @@ def can_stack(model: DecomposedUNet) -> bool:
 
 
 def stitch_over_processes(tiles: dict[int, Tensor], tiling: Tiling, device: torch.device) -> Tensor:
-    """The tiles (...,h,w) of this process by their numbers -> (...,H,W) of the tiles of all processes that share an image.
+    """The tiles (...,h,w) of this process by their numbers -> (...,H,W) of all tiles of the image.
 
     Each process stitches an image that is zero where the tiles of the others are, and these images are added up.
     """

@@ -61,8 +61,8 @@ def check_sizes(config: dict, sizes: dict[tuple[int, int], str]) -> tuple[int, i
         largest = tuple(crop)
         sizes = {largest: "--crop"}
     if len(sizes) > 1 and config["batch_size"] > 1:
-        raise DataError(f"{sizes[largest]}: other images are smaller, and images of several sizes need --batch-size 1 or "
-                        "--crop HxW")
+        raise DataError(f"{sizes[largest]}: other images are smaller, and images of several sizes need --batch-size 1 "
+                        "or --crop HxW")
     for size, name in sizes.items():
         check_tiling({**config, "image_size": largest}, size, name)
     return largest

@@ -212,9 +212,9 @@ def cut_off_the_end_of_the_image(image, mask):
 
 
 @pytest.mark.parametrize("spoil, message", [
-    (delete_all_images, "no partner: ['0', '1', '2', '3', '4']"),
-    (delete_the_mask, "for each a mask of the same name in masks; these have no partner: ['3']"),
-    (rename_the_folder, "there must be images"),
+    (delete_all_images, "holds 0 images (.png"),
+    (delete_the_mask, "of the same name, which is missing for ['3']"),
+    (rename_the_folder, "and 0 masks in its folder masks"),
     (add_an_image_of_the_same_name, "has the same name; keep one of the two"),
     (clear_the_screen, r"'\x1b[2J.png': a name with control characters"),
     (cut_off_the_end_of_the_image, "3.png: cannot be read"),

@@ -235,7 +235,7 @@ def test_it_takes_a_run_and_what_is_given_beside_it_replaces_its_options(tmp_pat
     assert "each other GPU: peak" in told
     with pytest.raises(SystemExit, match="2"):
         plan.main(["--run", out, "--channels", "4"])
-    assert "--run takes the options of the run; beside it can only stand memory" in capsys.readouterr().err
+    assert "--run takes the options of the run; beside it can only stand --memory" in capsys.readouterr().err
 
 
 def test_who_runs_out_of_memory_is_told_whom_to_ask(tmp_path, monkeypatch, capsys):

@@ -335,7 +335,7 @@ def save_good_and_bad_images(folder):
 
 @pytest.mark.parametrize("name, options, message", [
     ("color.png", "", "color.png: channels and type are (3, 'uint8'), but the network was trained on (1, 'uint8')"),
-    ("missing.png", "", "missing.png: cannot be read ([Errno 2] No such file"),
+    ("missing.png", "", "missing.png: there is no such image or folder"),
     ("broken.png", "", "broken.png: cannot be read (cannot identify image file"),
     ("grey.png", "--grid 99x1", "99x1 tiles: an image of 32x32 pixels"),
     ("grey.png", "--grid 0x2", "--grid: 0 is not from 1"),

@@ -108,7 +108,7 @@ def test_with_fewer_images_in_a_step_the_learning_rate_is_lower_in_proportion_un
     ("--data here", "--dataset folder and --data DIR go together; give both, or none of them"),
     ("--dataset folder", "--dataset folder and --data DIR go together"),
     ("--resume nowhere", "No such file or directory: 'nowhere/last.pt'"),
-    ("--resume here --workers 1 --epochs=4", "beside it can only stand data, gpus, workers, image_processes"),
+    ("--resume here --workers 1 --epochs=4", "beside it can only stand --data, --gpus, --workers, --image-processes"),
     ("--init nowhere.pt", "No such file or directory: 'nowhere.pt'"),
     ("--out README.md/run", "Not a directory: 'README.md/run'"),
     ("--grid 9x1", "9x1 tiles: an image of 64x64 pixels in cells of 8x8 can have 1x1 to 8x8"),
