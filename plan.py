@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from unittest import mock
 
-from support.options import one_line_errors, options_beside, parse, plan_parser, show_progress, tiles_each
+from support.options import UserError, one_line_errors, options_beside, parse, plan_parser, show_progress, tiles_each
 
 if __name__ == "__main__" and "--help" in sys.argv:
     plan_parser().parse_args()  # answers before PyTorch is loaded, which takes seconds
@@ -306,6 +306,9 @@ def main(arguments: list[str] | None = None):
         windows = config.get("windows") or [config["train_images"]]  # of each image, or of all synthetic ones
         config["batch_size"] = min(config["batch_size"], sum(windows))
         config["gpus"] = max(config["gpus"], 1)
+        if config["image_processes"] > math.prod(config["grid"]):
+            raise UserError(f"--image-processes {config['image_processes']}: there are fewer tiles; take a finer "
+                            "--grid")
         check_sizes(config, {tuple(config["image_size"]): "the image"})
 
     show_progress("predicting a training step")

@@ -229,7 +229,7 @@ def make_parser() -> Parser:
     option("--channels", type=number(1), default=1, help="of the image")
     option("--classes", type=number(2), default=3, help="of the mask")
     option("--comm-channels", type=number(0), default=32, help="communicated channels")
-    option("--dropout", type=float, default=0.1, help="probability with which a channel is left out")
+    option("--dropout", type=number(0, float, 0.99), default=0.1, help="probability with which a channel is left out")
     option("--rounds", type=number(1), default=3, help="steps of each contestant")
     option("--only", default="", metavar="WORD", help="contestants with this word in their name")
     option("--quick", action="store_true", help="a smoke run")

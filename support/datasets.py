@@ -60,9 +60,9 @@ def describe(config: dict) -> dict:
     classes = known["classes"]
     if weights == ["balanced"]:
         weights = balanced_weights(known["class_pixels"])
-    if weights is not None and ("balanced" in weights or len(weights) != len(classes)):
+    if weights is not None and ("balanced" in weights or len(weights) != len(classes) or not any(weights)):
         raise DataError(f"--class-weights: {len(weights)} numbers, but there are {len(classes)} classes "
-                        f"({', '.join(classes)}); give one for each, or balanced")
+                        f"({', '.join(classes)}); give one for each, not all 0, or balanced")
     known["loss_weights"] = weights
     return known
 
@@ -141,7 +141,7 @@ class Look(NamedTuple):
     size: tuple[int, int]
     kind: tuple[int, str]
     pixels: Counter
-    palette: list | None
+    palette: list
     statistics: np.ndarray
 
 
@@ -178,17 +178,17 @@ def look_at_all(datasets: dict[str, ImageFolder], classes: int) -> tuple[dict[st
 
 
 def check_alike(looks: list[Look]):
-    """DataError: images are of different kinds, or indexed masks have different palettes."""
-    palette = None
+    """DataError: images are of different kinds, or two indexed masks show a class in different colours."""
+    colors = {}
     for look in looks:
         if look.kind != looks[0].kind:
             raise DataError(f"{look.image}: channels and type are {look.kind}, but those of the first image "
                             f"{looks[0].kind}; convert the images to one kind")
-        palette = palette or look.palette
-        if look.palette and look.palette != palette:
-            raise DataError(f"{look.mask}: has another palette than the masks before it, so its numbers may stand for "
-                            "other classes; give all masks one palette, or save them as grey values if their numbers "
-                            "are right")
+        for label, color in enumerate(look.palette):
+            if label in look.pixels and label != IGNORE and colors.setdefault(label, color) != color:
+                raise DataError(f"{look.mask}: shows class {label} in the colour {color}, but a mask before it in "
+                                f"{colors[label]}; give all masks one palette, or save them as grey values if their "
+                                "numbers are right")
 
 
 def find_classes(pixels: dict[str, Counter], names: list[str] | None) -> list[str]:

@@ -10,6 +10,7 @@ images.py. Letters as in decompose.py.
 
 import glob
 import re
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -28,8 +29,8 @@ Pair = tuple[Path, Path]  # image, mask
 # Finding the pairs
 
 def name_of(path: Path) -> str:
-    """The name that an image and its mask share."""
-    return path.with_suffix("").as_posix()
+    """The name that an image and its mask share. File systems write accents in two ways; here they are one."""
+    return unicodedata.normalize("NFC", path.with_suffix("").as_posix())
 
 
 def find_files(folder: Path) -> dict[str, Path]:
@@ -43,11 +44,13 @@ def find_files(folder: Path) -> dict[str, Path]:
         path = folder / relative
         check_printable(relative)
         name = name_of(Path(relative))
+        if path.is_dir():
+            continue
         if path.suffix.lower() in SUFFIXES:
             if name in found:
                 raise DataError(f"{path}: {found[name].name} has the same name; keep one of the two")
             found[name] = path
-        elif path.is_file():
+        else:
             warn_once(f"{folder}: files of the kind {path.suffix} are left out")
     return found
 

@@ -8,6 +8,7 @@ the fix. Letters as in decompose.py.
 """
 
 import functools
+import math
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,9 +22,14 @@ from support.loss import IGNORE
 from support.options import UserError, show_progress
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".tif", ".tiff", ".ppm", ".pgm", ".npy")
-# How a file may store its pixels, in the words of Pillow, which reads these numbers as they are. Others it scales (grey
-# of 2 or 4 bits), cuts to 8 bits (colours of 16) or lets overflow (32 bits without a sign).
-READ_EXACTLY = "1 L LA RGB RGBA P P;1 P;2 P;4 CMYK CMYK;I I;16 I;16B I;16N I;16S I;32S F;32F".split()
+READ_EXACTLY = {  # in the words of Pillow: the mode of a picture, and how the file stores its pixels
+    "PNG": "1:1 L:L LA:LA RGB:RGB RGBA:RGBA P:P P:P;1 P:P;2 P:P;4 I;16:I;16B",
+    "JPEG": "L:L RGB:RGB CMYK:CMYK CMYK:CMYK;I",
+    "MPO": "L:L RGB:RGB",  # a JPEG with other pictures behind it, as phones make them
+    "TIFF": "1:1 L:L LA:LA RGB:RGB RGBA:RGBA P:P I;16:I;16 I;16:I;16N I;16B:I;16B I;16B:I;16N I:I;16S I:I;32S "
+            "F:F;32F",
+    "PPM": "L:L RGB:RGB",
+}
 ORIENTATION = 0x0112  # in the data of a camera (EXIF): how it was held
 WHITE = {"uint8": 255, "uint16": 65535}  # in other types it is 1
 FAR = 10  # standard deviations from the mean
@@ -77,7 +83,7 @@ def read(path: Path, is_mask: bool) -> np.ndarray:
 def open_array(path: Path) -> np.ndarray:
     """The array of an .npy file, mapped into memory. ValueError: it is no image."""
     array = np.load(path, mmap_mode="c")  # "c": changes, which torch asks to be possible, would not reach the file
-    if array.ndim not in (2, 3) or not np.can_cast(array.dtype, np.float64):
+    if array.ndim not in (2, 3) or array.size == 0 or not np.can_cast(array.dtype, np.float64):
         raise ValueError(f"an array of {array.dtype} and shape {array.shape}, but (H,W) or (H,W,C) numbers of at most "
                          "64 bits were expected")
     return array
@@ -111,11 +117,12 @@ def read_picture(path: Path, is_mask: bool) -> np.ndarray:
 def check_kind(picture: Image.Image, is_mask: bool):
     """ValueError: Pillow is not known to read such a picture as it is, or it is a mask in JPEG."""
     decoder, _, _, arguments = picture.tile[0]
-    kind = arguments if isinstance(arguments, str) else arguments[0]
-    is_series = picture.format != "MPO" and getattr(picture, "n_frames", 1) > 1  # an MPO is a photograph and previews
-    if kind not in READ_EXACTLY or decoder.startswith("ppm") or is_series:  # "ppm" scales
-        raise ValueError(f"a {picture.format} of the kind {kind}, or of several pages, is not known to be read as it "
-                         "is")
+    stored = arguments if isinstance(arguments, str) else arguments[0]
+    kind = f"{picture.mode}:{stored}"
+    known = READ_EXACTLY.get(picture.format, "")
+    is_animated = picture.format == "PNG" and getattr(picture, "n_frames", 1) > 1
+    if kind not in known.split() or decoder.startswith("ppm") or is_animated:  # "ppm" changes the numbers
+        raise ValueError(f"it is not known that a {picture.format} of the kind {kind} is read as it is")
     if is_mask and "jpeg" in (decoder, picture.info.get("compression")):  # the latter inside a TIFF
         raise ValueError("JPEG has changed the numbers of this mask; save it again from where it was made, as PNG")
 
@@ -123,23 +130,28 @@ def check_kind(picture: Image.Image, is_mask: bool):
 def is_one_plane(tiff: Image.Image, bytes_of_file: int) -> bool:
     """Whether a TIFF is one plane and whole, and Pillow reads its numbers and their order rightly."""
     tags = tiff.tag_v2.named()
-    if tiff.info["compression"] == "raw":  # others are checked while they are decompressed
-        stored = sum(tags.get("TileByteCounts", tags.get("StripByteCounts")))
-        bits = tiff.width * tiff.height * sum(tags["BitsPerSample"])
-        has_gaps = 8 * stored != bits  # GDAL leaves out a part in which nothing is
-        is_stack = bytes_of_file >= 2 * stored  # ImageJ lists the first plane alone, and the others follow it
-        if has_gaps or is_stack:
-            return False
+    columns = tags.get("TileWidth", tiff.width)
+    rows = tags.get("TileLength", tags.get("RowsPerStrip", tiff.height))
+    parts = math.ceil(tiff.width / columns) * math.ceil(tiff.height / rows)
+    sizes = tags.get("TileByteCounts", tags.get("StripByteCounts"))
+    is_whole = len(sizes) == parts and 0 not in sizes  # 0: GDAL leaves out a part in which nothing is
+    # ImageJ writes the planes of a stack one behind the other, uncompressed, but lists the parts of the first alone.
+    rest = bytes_of_file - sum(sizes)
+    is_stack = tiff.info["compression"] == "raw" and rest >= max(sum(sizes), 1024)
+    is_volume = tiff.n_frames > 1 or tags.get("ImageDepth", 1) > 1
     has_signed_bytes = tiff.mode == "L" and 2 in tags.get("SampleFormat", ())
-    return not has_signed_bytes and tags.get("ImageDepth", 1) == 1 and tags.get("Orientation", 1) == 1
+    is_turned = tags.get("Orientation", 1) != 1
+    return is_whole and not (is_stack or is_volume or has_signed_bytes or is_turned)
 
 
-def read_palette(path: Path) -> list[int] | None:
-    """Red, green and blue of each index of an indexed mask, one behind the other; None for other masks."""
-    if path.suffix.lower() == ".npy":
-        return None
-    with Image.open(path) as picture:
-        return picture.getpalette() if picture.mode == "P" else None
+def read_palette(path: Path) -> list[list[int]]:
+    """Red, green and blue of each index of an indexed mask; none for other masks."""
+    palette = []
+    if path.suffix.lower() != ".npy":
+        with Image.open(path) as picture:
+            if picture.mode == "P":
+                palette = picture.getpalette()
+    return np.reshape(palette, (-1, 3)).tolist()
 
 
 # What the numbers of an image mean
@@ -208,6 +220,7 @@ def check_values(image: np.ndarray, name: Path | str, config: dict) -> str | Non
     follow.
     """
     count, mean, variance = statistics(image)
+    mean = np.where(count > 0, mean, config["mean"])
     away = np.max(np.abs(mean - config["mean"]) / config["std"])
     spread = np.max(np.sqrt(variance) / config["std"])
     is_far = away > FAR or spread > FAR or 1e-6 < spread < 1 / FAR  # less is rounding

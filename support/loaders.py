@@ -132,6 +132,8 @@ def make_loaders(datasets: dict[str, Dataset], config: dict) -> dict[str, DataLo
 def start(loader: DataLoader) -> Iterator[tuple[Tensor, Tensor]]:
     """The batches of a loader. Its workers inherit that Ctrl-C means nothing: they leave it to the process that
     trains."""
+    if getattr(loader, "num_workers", 0) == 0:  # a list of batches will do, too
+        return iter(loader)
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         return iter(loader)

@@ -7,6 +7,7 @@ import argparse
 import math
 import os
 import re
+import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -140,10 +141,10 @@ def add_options(parser: Parser, amp: bool | None = None):
            "an image, else a tile for each, in a grid as square as can be)")
     option("--overlap", type=natural, default=0, metavar="PX", help="pixels that a tile sees beyond its borders, a "
            "multiple of 2^depth (default: %(default)s)")
-    option("--width", type=positive, default=8, help="channels at full resolution; each level down doubles them "
+    option("--width", type=number(1, largest=4096), default=8, help="channels at full resolution; each level down "
+           "doubles them (default: %(default)s)")
+    option("--depth", type=number(1, largest=12), default=3, help="how often the encoder halves the resolution "
            "(default: %(default)s)")
-    option("--depth", type=positive, default=3, help="how often the encoder halves the resolution (default: "
-           "%(default)s)")
     option("--comm-channels", type=natural, default=32, help="channels of the coarse map that the tiles exchange; "
            "0: they know nothing of each other (default: %(default)s)")
     option("--dilations", type=positive, nargs="+", default=[1, 1, 1], metavar="N", help="dilation of each convolution "
@@ -183,7 +184,7 @@ def plan_parser() -> Parser:
            "into it")
     option("--run", help="folder of a run of train.py, whose options are taken where they are not given here")
     option("--channels", type=positive, default=1, help="channels of the image (default: %(default)s)")
-    option("--classes", type=positive, default=3, help="classes of the mask (default: %(default)s)")
+    option("--classes", type=number(2, largest=255), default=3, help="classes of the mask (default: %(default)s)")
     add_options(parser, amp=True)  # as all recent GPUs have it
     return parser
 
@@ -264,6 +265,9 @@ def check(config: dict, parser: Parser):
     if config["comm_channels"] > coarse_channels:
         parser.error(f"--comm-channels: the coarse map of this --width and --depth has only {coarse_channels} "
                      "channels; take at most that many")
+    out, data = config["out"], config["data"]
+    if out and data and Path(out).resolve().is_relative_to(Path(data).resolve()):
+        parser.error(f"--out {out}: is inside --data, where its pictures would be taken for images")
     if (config["dataset"] == "folder") != bool(config["data"]):
         parser.error("--dataset folder and --data DIR go together; give both, or none of them")
     if not config["data"] and (config["crop"] or config["class_weights"] == ["balanced"]):
@@ -288,13 +292,13 @@ def one_line_errors(parser: Parser, out: Path | None = None):
     except KeyboardInterrupt:
         said = "stopped"
         if out is not None and (out / "last.pt").exists():
-            said += f"; go on with: python train.py --resume {out}"
+            said += f"; go on with: python train.py --resume {shlex.quote(str(out))}"
         parser.exit(130, f"\n{said}\n")
     except UserError as error:
         parser.error(str(error).rpartition("DataError: ")[2].strip())  # of a worker, it ends a traceback
     except OSError as error:
         parser.error(str(error))
     except (RuntimeError, MemoryError) as error:
-        if re.search("out of memory|allocate|workers", str(error)) is None:
+        if re.search("out of memory|allocate|DataLoader worker|MemoryError", repr(error)) is None:
             raise
-        parser.error(f"{error}; take fewer --workers, or ask plan.py what would fit, as docs/what-fits.md tells")
+        parser.error(f"{str(error) or repr(error)}; take fewer --workers, or ask plan.py what would fit, as docs/what-fits.md tells")

@@ -73,6 +73,8 @@ def resume_run(asked: dict) -> tuple[dict, Path, dict]:
     """A run that goes on, with what `prepare_run` returns. asked: --resume, and what is given with it."""
     out = Path(asked["resume"])
     state = checkpoints.load(out / "last.pt")
+    if "rows" not in state:
+        raise UserError(f"{out / 'last.pt'}: holds no run, but a network alone; begin a new run with it: --init")
     config = state["config"] | asked
     check_processes(config)
     check_unchanged(config)
@@ -177,19 +179,15 @@ class Run:
         epoch = len(self.rows) + 1
         if not math.isfinite(validation["loss"]):
             raise UserError(f"the loss became {validation['loss']} at the end of epoch {epoch}; take a smaller --lr")
-        row = {
-            "epoch": epoch,
-            "train_loss": loss,
-            "val_loss": validation["loss"],
-            "val_mean_iou": validation["mean_iou"],
-            "learning_rate": learning_rate,
-            "train_seconds": train_seconds,
-            "seconds": seconds,
-        }
+        row = {"epoch": epoch, "train_loss": loss, "val_loss": validation["loss"]}
         line = f"epoch {epoch}: train loss {loss:.4f}, val loss {validation['loss']:.4f}, IoU"
         for name, score in validation["iou"].items():
             row[f"val_iou_{name}"] = score
             line += f" {name} {score:.4f},"
+        row["val_mean_iou"] = validation["mean_iou"]
+        row["learning_rate"] = learning_rate
+        row["train_seconds"] = train_seconds
+        row["seconds"] = seconds
         self.rows.append(row)
         self.save(validation)
         show_progress("")

@@ -321,7 +321,7 @@ def test_palettes_that_do_not_agree_are_named(data):
         save_indexed(data / f"train/masks/{name}.png", black, red)
     describe(data)
     save_indexed(data / "train/masks/4.png", black, blue)
-    assert_refused(data, "has another palette than the masks before it")
+    assert_refused(data, "shows class 1 in the colour [255, 0, 0], but a mask before it in [0, 0, 255]")
 
 
 # What the look at all images tells

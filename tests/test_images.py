@@ -275,6 +275,10 @@ def save_a_pgm_of_another_white(path):
     path.write_bytes(b"P5 4 1 2\n\0\1\2\1")
 
 
+def save_a_pgm_of_16_bits(path):
+    Image.fromarray(DEEP).save(path, format="PPM")
+
+
 def save_an_animation(path):
     picture = Image.fromarray(GREY)
     picture.save(path, format="PNG", save_all=True, append_images=[Image.fromarray(GREY + 1)])
@@ -287,6 +291,7 @@ def save_an_animation(path):
     save_grey_of_2_bits,
     save_colours_of_16_bits,
     save_a_pgm_of_another_white,
+    save_a_pgm_of_16_bits,
     save_an_animation,
 ])
 @pytest.mark.parametrize("read", [read_image, read_mask])
@@ -359,12 +364,19 @@ def save_without_its_last_strip(path):
 NOT_ONE_PLANE = "a TIFF of several planes, with gaps, turned, or of bytes with a sign"
 
 
+def test_a_tiff_of_1_bit_and_one_with_much_beside_its_pixels_are_read(tmp_path):
+    Image.new("1", (13, 7), 1).save(tmp_path / "a.tif")
+    assert (read_mask(tmp_path / "a.tif") == np.ones((7, 13), bool)).all()
+    Image.new("L", (24, 24), 5).save(tmp_path / "b.tif", icc_profile=b"p" * 600)
+    assert (read_mask(tmp_path / "b.tif") == np.full((24, 24), 5)).all()
+
+
 @pytest.mark.parametrize("save_some, cause", [
-    (save_four_bands, "the kind RGBX"),
-    (save_deep_colours, "the kind RGB;16L"),
-    (save_unsigned_32_bits, "the kind I;32N"),
-    (save_white_as_0, "the kind L;I"),
-    (save_pages, "or of several pages"),
+    (save_four_bands, "the kind RGB:RGBX"),
+    (save_deep_colours, "the kind RGB:RGB;16L"),
+    (save_unsigned_32_bits, "the kind I:I;32N"),
+    (save_white_as_0, "the kind L:L;I"),
+    (save_pages, "a TIFF of several planes"),
     (save_signed_bytes, NOT_ONE_PLANE),
     (save_turned_upright, NOT_ONE_PLANE),
     (save_a_stack_of_imagej, NOT_ONE_PLANE),
