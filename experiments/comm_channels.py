@@ -1,6 +1,6 @@
 """Figure 7 of the poster: how many channels must the tiles exchange? Line IoU against K, at several depths.
 
-    OMP_NUM_THREADS=1 python -m experiments.comm_channels                           # 80 minutes of one core
+    OMP_NUM_THREADS=1 python -m experiments.comm_channels                           # half an hour of one core
     OMP_NUM_THREADS=1 python -m experiments.comm_channels --depths 3 --channels 0 4 --seeds 0    # a part of it
     python -m experiments.comm_channels --quick                                     # seconds
 
@@ -43,7 +43,7 @@ def draw(path: Path, results: dict[int, dict]):
 
 def main(arguments: list[str] | None = None):
     parser = make_parser(__doc__.splitlines()[0])
-    parser.add_argument("--depths", type=number(1), nargs="+", default=[2, 3, 4], help="poolings")
+    parser.add_argument("--depths", type=number(1), nargs="+", default=[2, 3], help="poolings")
     parser.add_argument("--channels", type=number(0), nargs="+", default=[0, 1, 4, 16, 64], help="communicated, K")
     asked = parse(parser, arguments)
     options = ["--grid", "2x2"]

@@ -185,10 +185,13 @@ def check_alike(looks: list[Look]):
             raise DataError(f"{look.image}: channels and type are {look.kind}, but those of the first image "
                             f"{looks[0].kind}; convert the images to one kind")
         for label, color in enumerate(look.palette):
-            if label in look.pixels and label != IGNORE and colors.setdefault(label, color) != color:
+            if label not in look.pixels or label == IGNORE:
+                continue
+            before = colors.setdefault(label, color)
+            if color != before:
                 raise DataError(f"{look.mask}: shows class {label} in the colour {color}, but a mask before it in "
-                                f"{colors[label]}; give all masks one palette, or save them as grey values if their "
-                                "numbers are right")
+                                f"{before}; give all masks one palette, or save them as grey values if their numbers "
+                                "are right")
 
 
 def find_classes(pixels: dict[str, Counter], names: list[str] | None) -> list[str]:
