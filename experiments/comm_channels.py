@@ -35,9 +35,9 @@ def draw(path: Path, results: dict[int, dict]):
             plot_spread(axes, values, marker="o", label=f"depth {depth}")
         axes.set_xscale("symlog", linthresh=1)
         axes.set(title=name, xlabel="communicated channels K", ylabel="test IoU")
+        axes.set_ylim(-0.02, 1.02)
         axes.grid(alpha=0.3)
         axes.legend()
-    panels[0].set_ylim(-0.02, 1)
     plots.save(figure, path)
 
 
