@@ -210,6 +210,9 @@ def find_classes(pixels: dict[str, Counter], names: list[str] | None) -> list[st
                         f"their names classes are 0, 1, 2, ... without a gap, and at most {MOST_NUMBERED}; if these "
                         "are numbered objects (instances), colours or interpolated values (of resizing, of JPEG), "
                         "make classes of them first (docs/own-images.md)")
+    if len(found) > 2:
+        print(f"without a DIR/classes.txt, each of the {len(found)} values in the masks is taken for a class; if they "
+              "number objects (instances), make classes of them first (docs/own-images.md)")
     return [f"class {label}" for label in range(len(found))]
 
 

@@ -326,7 +326,7 @@ def test_palettes_that_do_not_agree_are_named(data):
 
 # What the look at all images tells
 
-def test_the_look_tells_kind_classes_and_statistics(three_splits):
+def test_the_look_tells_kind_classes_and_statistics(three_splits, capsys):
     """Half of the pixels of one training image are 255, with 1 in the mask; all others are 0."""
     mask = np.zeros((16, 24), np.uint8)
     for name in ("2", "1", "0"):
@@ -337,6 +337,7 @@ def test_the_look_tells_kind_classes_and_statistics(three_splits):
     assert known["channels"] == 3
     assert known["dtype"] == "uint8"
     assert known["classes"] == ["class 0", "class 1", "class 2"]
+    assert "each of the 3 values in the masks is taken for a class; if they number objects" in capsys.readouterr().out
     assert known["class_pixels"] == [1152 - 192, 192, 0]
     np.testing.assert_allclose(known["mean"], 3 * [1 / 6])
     np.testing.assert_allclose(known["std"], 3 * [np.sqrt(5) / 6])
