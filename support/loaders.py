@@ -45,6 +45,8 @@ class Augmented(Dataset):
         image, mask = self.images[self.items[i]]
         if not counts:
             mask = torch.full(mask.shape, IGNORE, dtype=torch.uint8)
+        if self.crop is None and not self.augment:  # what is mapped is not read
+            return image, mask
         rng = np.random.default_rng((self.seed, epoch, i))
         height, width = self.crop or mask.shape
         top = rng.integers(mask.shape[0] - height + 1)

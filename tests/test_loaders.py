@@ -136,6 +136,14 @@ def test_an_item_that_does_not_count_has_no_pixel_that_does_whatever_the_type_of
     assert (mask == 255).all()
 
 
+def test_a_whole_image_that_is_not_flipped_is_not_copied():
+    image, mask = torch.zeros(1, 4, 4), torch.zeros(4, 4)
+    images = Augmented([(image, mask)], [1], crop=None, augment=False, seed=0)
+    found, found_mask = images[1, 0, True]
+    assert found.data_ptr() == image.data_ptr()
+    assert found_mask.data_ptr() == mask.data_ptr()
+
+
 def test_a_window_of_a_mapped_array_is_all_that_is_read(tmp_path):
     """Image and mask claim 4 and 8 GiB, in files with holes: whoever reads one fails or takes minutes."""
     shape = HUGE, HUGE // 4
